@@ -1,0 +1,116 @@
+"""Measures, each defined once, with intervals over images.
+
+Tokens of one image are not independent, so every interval resamples images, never tokens: functions that
+measure return sums per image, and `ratio` turns two such sums into a figure with its interval.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from scipy.stats import rankdata
+
+
+class Estimate(NamedTuple):
+    """A figure and the ends of its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+def ratio(numerator, denominator, n_resamples: int = 1000, seed: int = 0, transform=lambda q: q) -> Estimate:
+    """transform(Σ numerator / Σ denominator) over images, with a 95 % bootstrap interval (percentile, by image).
+
+    Parameters
+    ----------
+    numerator, denominator : float, (image,)
+        Sums of one image each. An image in which both are zero takes no part.
+    """
+    numerator, denominator = np.asarray(numerator, float), np.asarray(denominator, float)
+    if len(numerator) == 0 or denominator.sum() == 0:
+        return Estimate(float("nan"), float("nan"), float("nan"))
+    picks = np.random.default_rng(seed).integers(len(numerator), size=(n_resamples, len(numerator)))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        resampled = transform(numerator[picks].sum(1) / denominator[picks].sum(1))
+    return Estimate(float(transform(numerator.sum() / denominator.sum())), *map(float, np.nanpercentile(resampled, [2.5, 97.5])))
+
+
+def mean(values, **kwargs) -> Estimate:
+    """Mean over images with its bootstrap interval."""
+    return ratio(values, np.ones(len(values)), **kwargs)
+
+
+def squared_errors(x: torch.Tensor, x_hat: torch.Tensor, mean_train: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """What explained variance is made of, per image and step.
+
+    Parameters
+    ----------
+    x, x_hat : Float[Tensor, "image step token channel"]
+    mean_train : Float[Tensor, "step channel"]
+        Mean of the training set: predicting it is the zero of explained variance.
+
+    Returns
+    -------
+    Σ (x - x_hat)² and Σ (x - mean_train)², each float64, (image, step).
+    """
+    error = (x.double() - x_hat.double()).pow(2).sum((2, 3))
+    spread = (x.double() - mean_train.double()[:, None]).pow(2).sum((2, 3))
+    return error.numpy(), spread.numpy()
+
+
+def explained_variance(error, spread, **kwargs) -> Estimate:
+    """EV = 1 - Σ error / Σ spread, of `squared_errors` summed as wished to (image,): 1 is perfect, 0 the training mean."""
+    return ratio(error, spread, transform=lambda q: 1 - q, **kwargs)
+
+
+def auroc(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Area under the ROC curve of each score for each label: Mann-Whitney, ties count a half.
+
+    Parameters
+    ----------
+    scores : float, (sample, latent)
+    labels : bool, (sample, label)
+
+    Returns
+    -------
+    float, (latent, label); nan for a label that is always or never true.
+    """
+    labels = np.asarray(labels, float)
+    positives, n = labels.sum(0), len(labels)
+    out = np.empty((scores.shape[1], labels.shape[1]))
+    for i in range(0, scores.shape[1], 64):  # ranks of 64 latents at a time, to bound memory
+        out[i : i + 64] = rankdata(scores[:, i : i + 64], axis=0).T @ labels
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return (out - positives * (positives + 1) / 2) / (positives * (n - positives))
+
+
+def auroc_interval(scores, labels, images, n_resamples: int = 200, seed: int = 0) -> Estimate:
+    """AUROC of one score for one label, (sample,), with a 95 % interval that resamples images.
+
+    Parameters
+    ----------
+    images : int, (sample,)
+        Which image each sample comes from.
+    """
+    rng = np.random.default_rng(seed)
+    groups = [np.nonzero(images == i)[0] for i in np.unique(images)]
+    value = auroc(scores[:, None], labels[:, None])[0, 0]
+    resampled = []
+    for _ in range(n_resamples):
+        pick = np.concatenate([groups[i] for i in rng.integers(len(groups), size=len(groups))])
+        resampled.append(auroc(scores[pick, None], labels[pick, None])[0, 0])
+    if np.isnan(resampled).all():
+        return Estimate(float(value), float("nan"), float("nan"))
+    return Estimate(float(value), *map(float, np.nanpercentile(resampled, [2.5, 97.5])))
+
+
+def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Cosine between vectors along the last axis; 0 where either is the zero vector."""
+    norms = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
+    return np.divide((a * b).sum(-1), norms, out=np.zeros(np.broadcast(a, b).shape[:-1]), where=norms > 0)

@@ -1,0 +1,263 @@
+"""Where a run's files live, what every notebook needs at its start and end, and running the notebooks in order.
+
+A run is a folder, `runs/<run>/`: what notebooks hand on to each other, `metrics/<notebook>.json` for the figures they report, and
+`notebooks/` for the executed copies. Its plots are in `figures/<run>/`. From the shell:
+
+    python -m helpers.runs demo              # run notebooks 01 to 06 with notebooks/parameters/demo.yaml
+    python -m helpers.runs demo --publish    # and put their outputs into the committed notebooks
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import platform
+import re
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from helpers.files import load_json, save_json
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = ROOT / "notebooks"
+DEMO_MODEL = Path(__file__).parent / "demo_model"  # the shipped weights
+
+
+# --- what a notebook needs ----------------------------------------------------------------------
+
+
+def run_folder(run: str) -> Path:
+    """runs/<run> under the project, or the folder itself if `run` is an absolute path."""
+    if not run or (not Path(run).is_absolute() and not re.fullmatch(r"[\w.-]+", run)) or set(run) == {"."}:
+        raise ValueError(f"run {run!r} is not a folder name; valid are letters, digits, '.', '_' and '-', or an absolute path")
+    return ROOT / "runs" / run
+
+
+def figures_folder(run: str) -> Path:
+    """figures/<run> under the project, or `figures` inside the run's folder if that is an absolute path."""
+    return run_folder(run) / "figures" if Path(run).is_absolute() else ROOT / "figures" / run
+
+
+def choose_device(device: str) -> str:
+    """'auto' is CUDA, else MPS, else the CPU; anything else must be a device that is there."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    kind = device.split(":")[0]
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not there.get(kind):
+        raise ValueError(f"device {device!r} is not here; valid are 'auto', {', '.join(repr(k) for k, v in there.items() if v)}")
+    return device
+
+
+def choose_dtype(dtype: str, device: str = "cpu") -> torch.dtype:
+    """'auto' is float16 on CUDA and float32 elsewhere; else 'float32', 'float16' or 'bfloat16'."""
+    named = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+    named["auto"] = torch.float16 if device.startswith("cuda") else torch.float32
+    if dtype not in named:
+        raise ValueError(f"dtype {dtype!r} is not one of {', '.join(map(repr, named))}")
+    return named[dtype]
+
+
+def load_pipeline(model: str, device: str = "auto", dtype: str = "auto"):
+    """A diffusers pipeline: 'demo' for the shipped model, else a folder or a name on the Hugging Face hub.
+
+    Weights are read from safetensors alone, and no code comes with them.
+    """
+    from diffusers import DiffusionPipeline
+    from diffusers.utils import logging
+
+    logging.disable_progress_bar()
+    device = choose_device(device)
+    options = {"dtype": choose_dtype(dtype, device), "use_safetensors": True}
+    source = DEMO_MODEL if model == "demo" else model
+    try:
+        config = DiffusionPipeline.load_config(source)
+        if "safety_checker" in config:  # it would blacken images; research needs to see them
+            options |= {"safety_checker": None, "requires_safety_checker": False}
+        pipe = DiffusionPipeline.from_pretrained(source, **options)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0][:200]
+        raise ValueError(f"model {model!r} could not be loaded ({reason}); valid are 'demo', a folder, or a hub name, with safetensors weights") from error  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device)
+
+
+def fingerprint(path: str | Path) -> str:
+    """First 16 hex digits of a file's SHA-256: what a later file was made from."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+
+
+def require(name: str, value, low, high=None) -> None:
+    """ValueError, naming the parameter, unless low <= value (<= high)."""
+    if not (low <= value and (high is None or value <= high)):
+        raise ValueError(f"{name} is {value}; it must be at least {low}" + ("" if high is None else f" and at most {high}"))
+
+
+def write_metrics(run: str, notebook: str, parameters: dict, metrics: dict) -> Path:
+    """Write runs/<run>/metrics/<notebook>.json: the figures a notebook reports, its parameters and the versions."""
+    packages = ("torch", "diffusers", "transformers", "numpy", "scikit-learn", "safetensors")
+    record = {
+        "notebook": notebook,
+        "parameters": parameters,
+        "metrics": metrics,
+        "versions": {"python": platform.python_version()} | {p: version(p) for p in packages},
+    }
+    path = run_folder(run) / "metrics" / f"{notebook}.json"
+    save_json(path, record)
+    return path
+
+
+def read_metrics(run: str, notebook: str) -> dict:
+    """The figures that a notebook wrote for a run."""
+    return load_json(run_folder(run) / "metrics" / f"{notebook}.json")["metrics"]
+
+
+# --- running the notebooks ----------------------------------------------------------------------
+
+
+def analysis_notebooks() -> list[Path]:
+    """Notebooks 01 to 06, in order; 00 trains the demo model and is run on its own."""
+    return sorted(NOTEBOOKS.glob("0[1-9]_*.ipynb"))
+
+
+def load_parameters(name: str) -> dict:
+    """notebooks/parameters/<name>.yaml, or a .yaml file by path.
+
+    Raises ValueError for a parameter that no notebook has, naming the nearest one.
+    """
+    import difflib
+
+    import yaml
+
+    path = Path(name) if name.endswith((".yaml", ".yml")) else NOTEBOOKS / "parameters" / f"{name}.yaml"
+    if not path.exists():
+        there = ", ".join(p.stem for p in sorted((NOTEBOOKS / "parameters").glob("*.yaml")))
+        raise ValueError(f"there is no parameter file {path.name}; valid are {there}, or a path ending in .yaml")
+    values = yaml.safe_load(path.read_text()) or {}
+    known = {p for notebook in analysis_notebooks() for p in parameters_of(notebook)}
+    for parameter in values:
+        if parameter not in known:
+            near = difflib.get_close_matches(parameter, known, 3, 0.4) or sorted(known)
+            raise ValueError(f"{path.name}: no notebook has a parameter {parameter!r}; did you mean {' or '.join(near)}?")
+    return values
+
+
+def parameters_of(notebook: Path) -> dict[str, str]:
+    """Names and default values (as written) of a notebook's parameters cell."""
+    import papermill
+
+    return {k: v["default"] for k, v in papermill.inspect_notebook(str(notebook)).items()}
+
+
+def _snapshot(*folders: Path) -> dict[Path, int]:
+    return {p: p.stat().st_mtime_ns for f in folders for p in f.rglob("*") if p.is_file() and ".part" not in p.name}
+
+
+def _digest(path: Path) -> str | None:
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
+
+
+def execute(name: str) -> list[Path]:
+    """Run notebooks 01 to 06 with a parameter file; skip each whose code, parameters and outputs are as it left them.
+
+    Returns the executed copies. A notebook that fails is named, with its error's sentence, in a RuntimeError.
+    """
+    import papermill
+    from papermill.exceptions import PapermillExecutionError
+
+    values = load_parameters(name)
+    run = values.get("run", "demo")
+    folder, figures = run_folder(run), figures_folder(run)
+    (folder / "notebooks").mkdir(parents=True, exist_ok=True)
+    code = hashlib.sha256(b"".join(p.read_bytes() for p in sorted(Path(__file__).parent.glob("*.py")))).hexdigest()
+    copies = []
+    for notebook in analysis_notebooks():
+        cells = json.loads(notebook.read_text())["cells"]
+        source = "".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")
+        chosen = {k: v for k, v in values.items() if k in parameters_of(notebook)}
+        code = hashlib.sha256(json.dumps([code, source, chosen], sort_keys=True).encode()).hexdigest()
+        copy, stamp = folder / "notebooks" / notebook.name, folder / "done" / f"{notebook.stem}.json"
+        copies.append(copy)
+        if stamp.exists():
+            done = load_json(stamp)
+            if done["code"] == code and all(_digest(ROOT / p) == d for p, d in done["files"].items()):
+                print(f"{notebook.stem}: done and intact", flush=True)
+                continue
+        print(f"{notebook.stem}: running", flush=True)
+        before, start = _snapshot(folder, figures), time.perf_counter()
+        try:
+            papermill.execute_notebook(str(notebook), str(copy), chosen, cwd=str(ROOT), kernel_name="python3", progress_bar=sys.stderr.isatty() or {"mininterval": 15})  # fmt: skip
+        except PapermillExecutionError as error:
+            raise RuntimeError(f"{notebook.stem} stopped: {error.evalue or error.ename}") from None
+        after = _snapshot(folder, figures)
+        written = [p for p, t in after.items() if before.get(p) != t and "done" not in p.parts]
+        files = {str(p.relative_to(ROOT) if p.is_relative_to(ROOT) else p): _digest(p) for p in written}
+        save_json(stamp, {"code": code, "files": files, "seconds": round(time.perf_counter() - start, 1)})
+    return copies
+
+
+def publish(copies: list[Path]) -> None:
+    """Put the outputs of executed copies into the committed notebooks, without anything of the machine or the hour."""
+    for copy in copies:
+        executed, target = json.loads(copy.read_text()), NOTEBOOKS / copy.name
+        committed = json.loads(target.read_text())
+        ran = [c for c in executed["cells"] if "injected-parameters" not in c["metadata"].get("tags", [])]
+        count = 0
+        for cell, shown in zip(committed["cells"], ran, strict=True):
+            if cell["cell_type"] == "code":
+                count += 1
+                cell["execution_count"] = count
+                cell["outputs"] = [_clean(o, count) for o in shown["outputs"] if _keep(o)]
+        committed["metadata"] = {
+            "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+            "language_info": {"name": "python"},
+        }
+        target.write_text(json.dumps(committed, indent=1, ensure_ascii=False) + "\n")
+
+
+def _keep(output: dict) -> bool:
+    if output["output_type"] == "stream":
+        return output["name"] == "stdout"
+    return "application/vnd.jupyter.widget-view+json" not in output.get("data", {})
+
+
+def _clean(output: dict, count: int) -> dict:
+    output = json.loads(json.dumps(output).replace(f"{ROOT}/", ""))
+    if "execution_count" in output:
+        output["execution_count"] = count
+    if output["output_type"] != "stream":
+        output["metadata"] = {}
+    return output
+
+
+def commit() -> str:
+    """The commit of the project's checkout, or 'unknown'; goes into the figures' metadata."""
+    try:
+        return subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m helpers.runs", description="Run notebooks 01 to 06.")
+    parser.add_argument("parameters", help="a file in notebooks/parameters, without .yaml, or a path to one")
+    parser.add_argument("--publish", action="store_true", help="put the outputs into the committed notebooks")
+    arguments = parser.parse_args()
+    start = time.perf_counter()
+    try:
+        copies = execute(arguments.parameters)
+    except (RuntimeError, ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    if arguments.publish:
+        publish(copies)
+    print(f"finished in {time.perf_counter() - start:.0f} s; executed notebooks are in {copies[0].parent}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,160 @@
+"""Steering: add a feature trajectory to the activations while an image is made, or scale and remove a feature it has.
+
+    h[s] <- h[s] + strength · RMS(h[s]) · û[s]
+
+RMS(h[s]) is the root mean squared norm of centred tokens at that step (`scale[s]` · √channels), measured when the
+predictors were fitted. û is the feature trajectory in standardised units, divided once by its root mean squared
+norm over the kept steps: it keeps its profile over time, so that a late feature stays late. Between kept steps
+directions are interpolated linearly in the step index; outside them the nearest kept step's is used.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from helpers.hooks import Call
+from helpers.predictors import Predictors
+from helpers.trajectories import generate
+
+BRANCHES = ("conditional", "unconditional", "both")
+
+
+def unit(u: torch.Tensor) -> torch.Tensor:
+    """û: a feature trajectory (S, d), standardised units, divided by the RMS over steps of its norm."""
+    size = u.norm(dim=-1).pow(2).mean().sqrt()
+    if size == 0:
+        raise ValueError("the direction is zero at every step; choose another latent")
+    return u / size
+
+
+def random_like(u: torch.Tensor, seed: int) -> torch.Tensor:
+    """A random trajectory (S, d) with the same norm at every step as u: the control for any direction."""
+    noise = torch.randn(u.shape, generator=torch.Generator().manual_seed(seed))
+    return noise / noise.norm(dim=-1, keepdim=True) * u.norm(dim=-1, keepdim=True)
+
+
+def only_new(u: torch.Tensor, predictors: Predictors) -> torch.Tensor:
+    """The part of u that each step adds, rho[s] w[s] = u[s] - u[s-1] A[s]: mode 'residual' leaves the rest to the model."""
+    new = u.clone()
+    new[1:] -= torch.einsum("sd,sde->se", u[:-1], predictors.A[1:].to(u))
+    return new
+
+
+def class_difference(x_true: torch.Tensor, x_false: torch.Tensor) -> torch.Tensor:
+    """Difference of class means, (S, d), of standardised trajectories (n, S, d): the dense baseline."""
+    return x_true.mean(0) - x_false.mean(0)
+
+
+def _at_every_step(values: torch.Tensor, steps, n: int) -> torch.Tensor:
+    """Values at the kept steps, (S, …) -> at all n steps, linear in the step index."""
+    position = np.interp(np.arange(n), steps, np.arange(len(steps)))
+    low = np.floor(position).astype(int)
+    high = np.minimum(low + 1, len(steps) - 1)
+    share = torch.tensor(position - low, dtype=values.dtype).reshape(-1, *[1] * (values.ndim - 1))
+    return values[low] * (1 - share) + values[high] * share
+
+
+def addition(u, predictors: Predictors, steps, num_inference_steps: int, strength: float) -> torch.Tensor:
+    """What to add at every denoising step, raw units, (num_inference_steps, d), for a trajectory u (S, d), standardised."""
+    size = predictors.scale * u.shape[-1] ** 0.5  # RMS norm of centred tokens
+    return _at_every_step(strength * size[:, None] * unit(u), steps, num_inference_steps)
+
+
+def check_window(window, num_inference_steps: int) -> tuple[int, int]:
+    """First and last step (included) of a window; ValueError outside 0..num_inference_steps-1."""
+    first, last = window
+    if not 0 <= first <= last < num_inference_steps:
+        raise ValueError(f"window {list(window)}: valid are two steps, in order, from 0 to {num_inference_steps - 1}")
+    return first, last
+
+
+def _apply(delta: torch.Tensor, call: Call, tokens: torch.Tensor, branch: str) -> torch.Tensor:
+    """tokens + delta on the chosen branch's rows; delta is (1 or image, 1 or token, channel)."""
+    rows = list(tokens.chunk(call.branches))
+    for i in range(len(rows)):
+        name = "conditional" if i == len(rows) - 1 else "unconditional"
+        if branch in (name, "both"):
+            rows[i] = rows[i] + delta.to(rows[i])
+    return torch.cat(rows)
+
+
+def steer(
+    pipe, prompts, seeds, hookpoint: str, delta: torch.Tensor, *, window=None, mask=None, branch: str = "conditional", **sampling
+) -> np.ndarray:  # fmt: skip
+    """Generate images while adding `delta` at the hookpoint.
+
+    Parameters
+    ----------
+    delta : Float[Tensor, "step channel"] or Float[Tensor, "step image token channel"]
+        What to add at each of the num_inference_steps, raw units; see `addition` and `scaling`. All zero leaves
+        every activation as it is, bit for bit.
+    window : (first, last) step, both included; None for all
+    mask : Float[Tensor, "token"] or Float[Tensor, "image token"], optional
+        Weight per token, 0 to 1.
+    branch : 'conditional', 'unconditional' or 'both' of classifier-free guidance
+
+    Returns
+    -------
+    images : float32, (n, height, width, 3), in [0, 1]
+    """
+    n = sampling["num_inference_steps"]
+    if branch not in BRANCHES:
+        raise ValueError(f"branch {branch!r} is not one of {', '.join(BRANCHES)}")
+    if len(delta) != n:
+        raise ValueError(f"delta has {len(delta)} steps; num_inference_steps={n} needs as many")
+    first, last = check_window(window or (0, n - 1), n)
+
+    def on_call(tokens, call):
+        if not first <= call.step <= last or not delta[call.step].any():
+            return None
+        d = delta[call.step]
+        d = d[None, None] if d.ndim == 1 else d
+        if mask is not None:
+            if mask.shape[-1] != tokens.shape[1]:
+                raise ValueError(f"mask covers {mask.shape[-1]} tokens; {hookpoint!r} has {tokens.shape[1]}")
+            d = d * mask.reshape(-1, tokens.shape[1], 1).to(d)
+        return _apply(d, call, tokens, branch)
+
+    return generate(pipe, prompts, seeds, hookpoint=hookpoint, on_call=on_call, **sampling)
+
+
+def scaling(codes: torch.Tensor, u, predictors: Predictors, steps, num_inference_steps: int, factor: float) -> torch.Tensor:
+    """What multiplies a feature that images already have: factor 0 removes it, 1 leaves it, 2 doubles it.
+
+    Second of two passes with the same seeds; the first recorded the images and gave `codes`.
+
+    Parameters
+    ----------
+    codes : Float[Tensor, "image token"]
+        The latent's code for each recorded trajectory.
+    u : Float[Tensor, "S d"]
+        Its feature trajectory in standardised units, not normalised.
+
+    Returns
+    -------
+    Float[Tensor, "step image token channel"], raw units, for `steer`.
+    """
+    raw = _at_every_step(predictors.scale[:, None] * u, steps, num_inference_steps)
+    return (factor - 1) * codes[None, :, :, None] * raw[:, None, None, :]
+
+
+def replace(
+    pipe, prompts, seeds, hookpoint: str, replacement: torch.Tensor, steps, **sampling
+) -> np.ndarray:  # fmt: skip
+    """Generate images with the conditional activations at the kept steps replaced by given ones.
+
+    Parameters
+    ----------
+    replacement : Float[Tensor, "image step token channel"]
+        Raw units, one entry per kept step, in the order of `steps`.
+    """
+
+    def on_call(tokens, call):
+        if call.step not in steps:
+            return None
+        rows = list(tokens.chunk(call.branches))
+        rows[-1] = replacement[:, list(steps).index(call.step)].to(rows[-1])
+        return torch.cat(rows)
+
+    return generate(pipe, prompts, seeds, hookpoint=hookpoint, on_call=on_call, **sampling)
