@@ -26,7 +26,7 @@ from helpers.files import load_json, save_json
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = ROOT / "notebooks"
-DEMO_MODEL = Path(__file__).parent / "demo_model"  # the shipped weights
+DEMO_MODEL = Path(__file__).parent / "demo_weights"  # the shipped model, trained by notebook 00
 
 
 # --- what a notebook needs ----------------------------------------------------------------------
