@@ -19,6 +19,7 @@ def _replace(path: Path, write) -> None:
         write(aside)
         with open(aside, "rb") as f:
             os.fsync(f.fileno())
+        os.chmod(aside, 0o644)  # safetensors writes files that only their owner can read
         os.replace(aside, path)
     except Exception as error:
         # safetensors reports a full disk as its own error type, not as OSError

@@ -93,6 +93,29 @@ def fingerprint(path: str | Path) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
 
 
+def require_same(made_from: dict, what: str, path: Path, notebook: str) -> None:
+    """ValueError if a file was made from another version of `path` than the one that stands there now."""
+    if made_from.get(what) != fingerprint(path):
+        raise ValueError(f"{what}: {path.name} has changed since {notebook} read it; run {notebook} again")
+
+
+def keep_other(path: Path, record: dict) -> Path | None:
+    """Move a file made with another record aside, under a name of its own, so that it is not lost; returns that name."""
+    from helpers.files import load_tensors
+
+    if not path.exists():
+        return None
+    try:
+        before = load_tensors(path)[1]
+    except ValueError:  # damaged: nothing to keep
+        return None
+    if all(before.get(k) == v for k, v in record.items()):
+        return None
+    aside = path.with_name(f"{path.stem}-{fingerprint(path)[:8]}{path.suffix}")
+    path.rename(aside)
+    return aside
+
+
 def require(name: str, value, low, high=None) -> None:
     """ValueError, naming the parameter, unless low <= value (<= high)."""
     if not (low <= value and (high is None or value <= high)):
@@ -221,6 +244,16 @@ def publish(copies: list[Path]) -> None:
         target.write_text(json.dumps(committed, indent=1, ensure_ascii=False) + "\n")
 
 
+def publish_metrics(run: str) -> None:
+    """Copy a run's metrics beside its figures, and write the README's results table from them."""
+    from helpers import report
+
+    for path in sorted((run_folder(run) / "metrics").glob("0[1-9]_*.json")):
+        save_json(figures_folder(run) / "metrics" / path.name, load_json(path))
+    table = report.results_table(figures_folder(run) / "metrics", figures_folder("demo_model") / "metrics")
+    report.put_into(ROOT / "README.md", table)
+
+
 def _keep(output: dict) -> bool:
     if output["output_type"] == "stream":
         return output["name"] == "stdout"
@@ -256,6 +289,7 @@ def main() -> None:
         sys.exit(f"error: {error}")
     if arguments.publish:
         publish(copies)
+        publish_metrics(load_parameters(arguments.parameters)["run"])
     print(f"finished in {time.perf_counter() - start:.0f} s; executed notebooks are in {copies[0].parent}")
 
 

@@ -162,6 +162,16 @@ def sample(n: int, rng: np.random.Generator, splits=("train", "unseen", "held_ou
     return scenes
 
 
+def describable(prompts: list[str], images: np.ndarray) -> bool:
+    """Whether these images are of this world: every prompt a caption, and the size the reader takes."""
+    if np.shape(images)[1:] != (IMAGE_SIZE, IMAGE_SIZE, 3):
+        return False
+    try:
+        return bool([parse(p) for p in prompts])
+    except ValueError:
+        return False
+
+
 # --- rendering ----------------------------------------------------------------------------------
 
 
@@ -340,7 +350,9 @@ def judge(scene: Scene, reading: Reading) -> dict[str, float]:
 
     def cost(assignment):
         ends = [(POSITIONS[w.position], POSITIONS[f.position]) for w, f in zip(wanted, assignment) if f]
-        return sum(np.hypot(a[0] - b[0], a[1] - b[1]) for a, b in ends) + 100 * sum(f is None for f in assignment)
+        apart = sum(np.hypot(a[0] - b[0], a[1] - b[1]) for a, b in ends) + 100 * sum(f is None for f in assignment)
+        wrong = sum(getattr(w, a) != getattr(f, a) for w, f in zip(wanted, assignment) if f for a in ("colour", "shape"))
+        return apart, wrong  # at equal distance, as left and right are from top, the likelier pairing
 
     pairs = list(zip(wanted, min(permutations(slots, len(wanted)), key=cost)))
     names = ("shape", "colour", "size", "texture", "position")

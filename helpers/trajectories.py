@@ -8,9 +8,11 @@ on where it stopped, because an image depends on its own seed alone.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import shutil
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -93,14 +95,27 @@ def record(pipe, prompts, seeds, *, hookpoint, steps, **sampling) -> tuple[np.nd
     return images, torch.stack([kept[s] for s in steps], dim=1), where
 
 
-def shape_at(pipe, hookpoint: str, prompt: str, **sampling) -> tuple[int, int, int]:
-    """Token rows, token columns and channels at a hookpoint, from one denoising step of one image."""
-    seen = []
-    sampling = sampling | {"num_inference_steps": 1}
-    generate(pipe, [prompt], [0], hookpoint=hookpoint, on_call=lambda t, c: seen.append((*c.grid, t.shape[-1])), **sampling)
-    if not seen:
-        raise ValueError(f"hookpoint {hookpoint!r} did not run; choose a module that the denoiser calls")
-    return seen[0]
+def shapes(pipe, names, prompt: str, **sampling) -> dict[str, tuple[int, int, int]]:
+    """Token rows, token columns and channels at hookpoints, from one denoising step of one image.
+
+    A module that the denoiser does not call, or that has no grid of tokens, is left out.
+    """
+    seen: dict[str, tuple[int, int, int]] = {}
+    denoiser = denoiser_of(pipe)
+    with ExitStack() as stack:
+        for name in names:
+            note = functools.partial(lambda name, t, c: seen.setdefault(name, (*c.grid, t.shape[-1])) and None, name)
+            stack.enter_context(listen(denoiser, pipe.scheduler, name, 1, note))
+        generate(pipe, [prompt], [0], **sampling | {"num_inference_steps": 1})
+    return {name: seen[name] for name in names if name in seen}
+
+
+def hookpoints(pipe, prompt: str, **sampling) -> dict[str, tuple[int, int, int]]:
+    """Where one would usually listen, in the order of the network: name -> token rows, columns, channels."""
+    names = [n for n, _ in denoiser_of(pipe).named_modules()]
+    blocks = ("attentions", "resnets", "transformer_blocks", "single_transformer_blocks")
+    usual = [n for n in names if n.count(".") <= 3 and n.split(".")[-1].isdigit() and n.split(".")[-2] in blocks]
+    return shapes(pipe, usual, prompt, **sampling)
 
 
 def _shard(folder: Path, i: int) -> Path:
@@ -130,9 +145,13 @@ def collect(folder, pipe, prompts, seeds, split_of, *, hookpoint, steps, batch_s
         "scheduler": type(pipe.scheduler).__name__, **sampling,
     }  # fmt: skip
     refuse_others(folder, described)
-    rows, columns, channels = shape_at(pipe, hookpoint, prompts[0], **sampling)
+    found = shapes(pipe, [hookpoint], prompts[0], **sampling)
+    if not found:
+        raise ValueError(f"hookpoint {hookpoint!r} is never called; valid are like {', '.join(hookpoints(pipe, prompts[0], **sampling))}")
+    rows, columns, channels = found[hookpoint]
     described |= {"grid": [rows, columns], "channels": channels}
-    todo = [i for i in range(0, len(prompts), batch_size) if not _intact(_shard(folder, i // batch_size))]
+    known = load_json(folder / "manifest.json")["shards"] if (folder / "manifest.json").exists() else {}
+    todo = [i for i in range(0, len(prompts), batch_size) if not _intact(_shard(folder, i // batch_size), known)]
     images_todo = sum(len(prompts[i : i + batch_size]) for i in todo)
     need = images_todo * bytes_per_image(len(steps), rows * columns, channels, store_dtype)
     folder.mkdir(parents=True, exist_ok=True)
@@ -153,7 +172,7 @@ def collect(folder, pipe, prompts, seeds, split_of, *, hookpoint, steps, batch_s
     seconds = time.perf_counter() - start
     shards = [_shard(folder, i) for i in range(-(-len(prompts) // batch_size))]
     manifest = described | load_tensors(shards[0])[1]
-    manifest["shards"] = {s.name: hashlib.sha256(s.read_bytes()).hexdigest() for s in shards}
+    manifest["shards"] = {s.name: _digest(s) for s in shards}
     save_json(folder / "manifest.json", manifest)
     return manifest | {"new_images": images_todo, "new_seconds": seconds}
 
@@ -174,10 +193,15 @@ def refuse_others(folder, described: dict) -> None:
                     raise ValueError(f"{key} is {now!r}, but {folder} was made with {was!r}; give that value or another run name")  # fmt: skip
 
 
-def _intact(path: Path) -> bool:
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _intact(path: Path, known: dict[str, str]) -> bool:
+    """Whether a shard can be read, and is the one in the manifest where there is a manifest."""
     try:
         load_tensors(path)
-        return True
+        return known.get(path.name) in (None, _digest(path))
     except (FileNotFoundError, ValueError):
         return False
 
@@ -205,7 +229,7 @@ class Store:
             path = self.folder / name
             if not path.exists():
                 raise FileNotFoundError(f"{path} is missing; run 01_collect_trajectories again to collect it")
-            if hashlib.sha256(path.read_bytes()).hexdigest() != digest:
+            if _digest(path) != digest:
                 raise ValueError(f"{path} is damaged; delete it and run 01_collect_trajectories again")
 
     def indices(self, split: str) -> np.ndarray:

@@ -1,0 +1,134 @@
+import json
+import stat
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from helpers import files
+
+TENSORS = {
+    "whole": torch.arange(6).view(2, 3),
+    "half": torch.tensor([0.5, -2.0], dtype=torch.float16),
+    "brain": torch.tensor([1.5], dtype=torch.bfloat16),
+    "bytes": torch.tensor([0, 255], dtype=torch.uint8),
+    "turned": torch.arange(6.0).view(2, 3).T,
+    "scalar": torch.tensor(3.25),
+}
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**40), 2**40) | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+def leftovers(folder):
+    return [p.name for p in folder.rglob("*") if "part" in p.name]
+
+
+def test_tensors_and_record_come_back_as_they_were(tmp_path):
+    path = tmp_path / "new" / "folder" / "a.safetensors"
+    files.save_tensors(path, TENSORS, {"k": [1, {"é": None}]})
+    tensors, record = files.load_tensors(path)
+    assert record == {"k": [1, {"é": None}]}
+    assert tensors.keys() == TENSORS.keys()
+    for name, t in TENSORS.items():
+        assert tensors[name].dtype == t.dtype and torch.equal(tensors[name], t)
+    assert leftovers(tmp_path) == []
+
+
+@given(record=json_values)
+def test_any_json_record_comes_back(tmp_path_factory, record):
+    path = tmp_path_factory.getbasetemp() / "record.json"
+    files.save_json(path, record)
+    assert files.load_json(path) == record
+
+
+def test_the_same_contents_give_the_same_bytes(tmp_path):
+    for name, record in (("a", {"x": 1, "y": 2}), ("b", {"y": 2, "x": 1})):
+        files.save_tensors(tmp_path / f"{name}.safetensors", TENSORS, record)
+        files.save_json(tmp_path / f"{name}.json", record)
+    for suffix in ("safetensors", "json"):
+        assert (tmp_path / f"a.{suffix}").read_bytes() == (tmp_path / f"b.{suffix}").read_bytes()
+
+
+def test_files_can_be_read_by_others(tmp_path):
+    files.save_tensors(tmp_path / "a.safetensors", TENSORS)
+    assert stat.S_IMODE((tmp_path / "a.safetensors").stat().st_mode) & 0o444 == 0o444
+
+
+def fill_up(tensors, path, metadata=None):
+    path.write_bytes(b"half a fi")
+    raise OSError(28, "No space left on device")
+
+
+def test_a_full_disk_leaves_the_old_tensors_and_nothing_beside_them(tmp_path, monkeypatch):
+    path = tmp_path / "a.safetensors"
+    files.save_tensors(path, {"x": torch.ones(2)})
+    before = path.read_bytes()
+    monkeypatch.setattr(files, "save_file", fill_up)
+    with pytest.raises(OSError, match="a.safetensors could not be written.*No space left"):
+        files.save_tensors(path, {"x": torch.zeros(2)})
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_a_full_disk_leaves_nothing_where_nothing_was(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "save_file", fill_up)
+    with pytest.raises(OSError, match="a.safetensors"):
+        files.save_tensors(tmp_path / "a.safetensors", TENSORS)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupt_while_writing_leaves_the_old_file_alone(tmp_path, monkeypatch):
+    path = tmp_path / "a.safetensors"
+    files.save_tensors(path, {"x": torch.ones(2)})
+    before = path.read_bytes()
+
+    def interrupted(tensors, aside, metadata):
+        aside.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(files, "save_file", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        files.save_tensors(path, TENSORS)
+    assert path.read_bytes() == before and leftovers(tmp_path) == []
+
+
+def test_a_record_that_is_no_json_leaves_the_old_file_alone(tmp_path):
+    files.save_json(tmp_path / "a.json", {"x": 1})
+    with pytest.raises(TypeError):
+        files.save_json(tmp_path / "a.json", {"x": np.zeros(2)})
+    assert files.load_json(tmp_path / "a.json") == {"x": 1} and leftovers(tmp_path) == []
+
+
+@pytest.mark.parametrize("load", [files.load_tensors, files.load_json])
+def test_a_missing_file_is_named(tmp_path, load):
+    with pytest.raises(FileNotFoundError, match="absent.file"):
+        load(tmp_path / "absent.file")
+
+
+@pytest.mark.parametrize("load", [files.load_tensors, files.load_json])
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00", b'{"a": ', bytes(200)])
+def test_a_damaged_file_is_named(tmp_path, load, content):
+    (tmp_path / "bad.file").write_bytes(content)
+    with pytest.raises(ValueError, match="bad.file is damaged"):
+        load(tmp_path / "bad.file")
+
+
+@given(share=st.floats(0, 0.999))
+def test_tensors_cut_short_anywhere_are_refused(tmp_path_factory, share):
+    path = tmp_path_factory.getbasetemp() / "cut.safetensors"
+    files.save_tensors(path, TENSORS, {"k": 1})
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(share * len(whole))])
+    with pytest.raises(ValueError, match="cut.safetensors is damaged"):
+        files.load_tensors(path)
+
+
+def test_json_is_plain_text_with_sorted_keys(tmp_path):
+    files.save_json(tmp_path / "a.json", {"b": 1, "a": 2})
+    text = (tmp_path / "a.json").read_text()
+    assert text.endswith("}\n") and list(json.loads(text)) == ["a", "b"]

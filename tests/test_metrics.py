@@ -1,0 +1,178 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from sklearn.metrics import roc_auc_score
+
+from helpers import metrics
+
+nan = float("nan")
+
+
+def same(a, b):
+    return np.array_equal(np.array(a, float), np.array(b, float), equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    "numerator, denominator, value",
+    [
+        ([1, 3], [2, 2], 1.0),
+        ([1, 0], [3, 1], 0.25),
+        ([0, 1, 0], [0, 2, 2], 0.25),
+        ([0, 0], [1, 1], 0.0),
+    ],
+)
+def test_a_ratio_is_of_sums_not_a_mean_of_ratios(numerator, denominator, value):
+    assert metrics.ratio(numerator, denominator).value == value
+
+
+@pytest.mark.parametrize("numerator, denominator", [([], []), ([0, 0], [0, 0])])
+def test_a_ratio_of_nothing_is_nan(numerator, denominator):
+    assert same(metrics.ratio(numerator, denominator), [nan] * 3)
+
+
+def test_the_interval_is_the_percentile_bootstrap_over_images():
+    rng = np.random.default_rng(1)
+    numerator, denominator = rng.random(30), rng.random(30) + 1
+    resampled = []
+    draw = np.random.default_rng(7)
+    for pick in draw.integers(30, size=(500, 30)):
+        resampled.append(sum(numerator[i] for i in pick) / sum(denominator[i] for i in pick))
+    estimate = metrics.ratio(numerator, denominator, n_resamples=500, seed=7)
+    np.testing.assert_allclose(estimate[1:], np.percentile(resampled, [2.5, 97.5]))
+    assert estimate.low < estimate.value < estimate.high
+
+
+def test_a_mean_and_its_interval():
+    values = np.repeat([0.0, 1.0], 200)
+    estimate = metrics.mean(values)
+    assert estimate.value == 0.5
+    assert estimate.high - estimate.low == pytest.approx(2 * 1.96 * 0.5 / 20, rel=0.15)
+    assert same(metrics.mean([0.3]), [0.3] * 3)
+
+
+def test_an_estimate_prints_with_its_interval():
+    assert str(metrics.Estimate(0.12345, 0.1, 0.2)) == "0.123 [0.100, 0.200]"
+
+
+# --- explained variance -------------------------------------------------------------------------
+
+
+def test_squared_errors_worked_by_hand():
+    x = torch.tensor([[1.0, 2.0], [3.0, 5.0]]).view(1, 1, 2, 2)  # two tokens, two channels
+    x_hat = torch.tensor([[1.0, 0.0], [3.0, 4.0]]).view(1, 1, 2, 2)
+    error, spread = metrics.squared_errors(x, x_hat, torch.tensor([[2.0, 3.0]]))
+    assert error.tolist() == [[5.0]]  # 0 + 4 + 0 + 1
+    assert spread.tolist() == [[7.0]]  # 1 + 1 + 1 + 4
+    assert metrics.explained_variance(error.sum(1), spread.sum(1)).value == pytest.approx(1 - 5 / 7)
+
+
+@pytest.fixture
+def activations():
+    g = torch.Generator().manual_seed(0)
+    return 3 * torch.randn(4, 3, 5, 2, generator=g) + 7, torch.randn(3, 2, generator=g)
+
+
+def explained(x, x_hat, mean):
+    error, spread = metrics.squared_errors(x, x_hat, mean)
+    assert error.shape == spread.shape == (4, 3) and error.dtype == np.float64
+    return metrics.explained_variance(error.sum(1), spread.sum(1))
+
+
+def test_predicting_the_training_mean_explains_nothing(activations):
+    x, mean = activations
+    assert same(explained(x, mean[:, None].expand_as(x), mean), [0, 0, 0])
+
+
+def test_predicting_the_truth_explains_everything(activations):
+    x, mean = activations
+    assert same(explained(x, x, mean), [1, 1, 1])
+
+
+def test_squared_errors_are_those_of_each_image_and_step(activations):
+    x, mean = activations
+    x_hat = x + torch.arange(12.0).view(4, 3, 1, 1)
+    error, spread = metrics.squared_errors(x, x_hat, mean)
+    for i in range(4):
+        for s in range(3):
+            assert error[i, s] == pytest.approx(10 * (3 * i + s) ** 2, rel=1e-5)
+            assert spread[i, s] == pytest.approx(sum(float((x[i, s, t] - mean[s]).pow(2).sum()) for t in range(5)), rel=1e-5)
+
+
+def test_intervals_resample_images_not_tokens():
+    one_image_differs = np.array([100.0, 0, 0, 0])
+    by_image = metrics.explained_variance(one_image_differs, np.full(4, 100.0))
+    by_token = metrics.explained_variance(np.repeat(one_image_differs, 50) / 50, np.full(200, 2.0))
+    assert by_image.value == by_token.value == 0.75
+    assert by_image.high - by_image.low > 3 * (by_token.high - by_token.low)
+
+
+# --- AUROC --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "scores, labels, value",
+    [
+        ([0, 1], [0, 1], 1.0),
+        ([1, 0], [0, 1], 0.0),
+        ([1, 1], [0, 1], 0.5),
+        ([0, 1, 1, 2], [0, 0, 1, 1], 0.875),  # 3 pairs in order, one tied
+        ([0, 1], [1, 1], nan),
+        ([0, 1], [0, 0], nan),
+    ],
+)
+def test_auroc_worked_by_hand(scores, labels, value):
+    assert same(metrics.auroc(np.array(scores)[:, None], np.array(labels, bool)[:, None]), [[value]])
+
+
+@given(
+    scores=hnp.arrays(float, (20, 3), elements=st.integers(0, 4).map(float)),
+    labels=hnp.arrays(bool, (20, 2)).filter(lambda a: (a.any(0) & ~a.all(0)).all()),
+)
+def test_auroc_is_that_of_sklearn_ties_included(scores, labels):
+    ours = metrics.auroc(scores, labels)
+    for i in range(3):
+        for j in range(2):
+            assert ours[i, j] == pytest.approx(roc_auc_score(labels[:, j], scores[:, i]), abs=1e-12)
+
+
+def test_auroc_of_many_latents_at_once_is_that_of_each():
+    rng = np.random.default_rng(0)
+    scores, labels = rng.integers(0, 5, (50, 150)), rng.random((50, 4)) < 0.4
+    one_by_one = np.stack([metrics.auroc(scores[:, [i]], labels)[0] for i in range(150)])
+    assert np.array_equal(metrics.auroc(scores, labels), one_by_one)
+
+
+def test_the_interval_of_auroc_resamples_images():
+    rng = np.random.default_rng(0)
+    images = np.repeat(np.arange(12), 30)
+    labels = np.repeat(np.arange(12) % 2 == 0, 30)
+    scores = labels + np.repeat(rng.normal(0, 1.5, 12), 30) + 0.01 * rng.random(360)
+    by_image = metrics.auroc_interval(scores, labels, images)
+    by_token = metrics.auroc_interval(scores, labels, np.arange(360))
+    assert by_image.value == by_token.value == pytest.approx(roc_auc_score(labels, scores))
+    assert by_image.low <= by_image.value <= by_image.high
+    assert by_image.high - by_image.low > 2 * (by_token.high - by_token.low)
+
+
+def test_the_interval_of_a_label_that_never_holds_is_nan():
+    estimate = metrics.auroc_interval(np.arange(6.0), np.zeros(6, bool), np.arange(6))
+    assert same(estimate, [nan] * 3)
+
+
+# --- cosine -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "a, b, value",
+    [
+        ([[1, 0], [1, 1]], [[0, 2], [3, 3]], [0, 1]),
+        ([[1, 0], [0, 0]], [[-2, 0], [1, 1]], [-1, 0]),
+        ([[3, 4]], [[[4, 3]], [[-3, -4]]], [[24 / 25], [-1]]),
+        ([3, 4], [4, 3], 24 / 25),
+    ],
+)
+def test_cosines_worked_by_hand(a, b, value):
+    np.testing.assert_allclose(metrics.cosine(np.array(a, float), np.array(b, float)), value, atol=1e-12)

@@ -1,0 +1,120 @@
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from helpers import files, report, runs
+
+NAMES = sorted(p.stem for p in runs.NOTEBOOKS.glob("0*.ipynb"))
+TINY = {
+    "n_train": 5, "n_validation": 2, "n_test": 3, "num_inference_steps": 3, "n_keep": 2, "batch_size": 4, "device": "cpu",
+    "hookpoint": "mid_block.attentions.0", "store_dtype": "float32",
+}  # fmt: skip
+
+
+def papermill(folder, notebook, **parameters):
+    """Run a notebook as a person would, from a folder of their own; returns the finished process."""
+    (folder / "given.yaml").write_text(yaml.safe_dump(parameters))
+    source = next(runs.NOTEBOOKS.glob(f"{notebook}_*.ipynb"))
+    command = [sys.executable, "-m", "papermill", str(source), str(folder / f"{notebook}.ipynb"), "-f", "given.yaml", "--no-progress-bar"]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def tiny_run(tmp_path_factory):
+    """Notebooks 01 and 02 with parameters unlike the demo's, in a folder outside the project."""
+    folder = tmp_path_factory.mktemp("elsewhere")
+    for notebook, parameters in (("01", TINY), ("02", {"strengths": [0.1, 1.0]})):
+        done = papermill(folder, notebook, run=str(folder / "run"), **parameters)
+        assert done.returncode == 0, done.stderr[-2000:]
+    return folder
+
+
+def test_changed_parameters_reach_the_files_and_the_metrics(tiny_run):
+    done = papermill(tiny_run, "03", run=str(tiny_run / "run"), k=3, n_latents=32, n_updates=5, sae_batch_size=20)
+    assert done.returncode == 0, done.stderr[-2000:]
+    metrics = files.load_json(tiny_run / "run" / "metrics" / "03_train_residual_sae.json")
+    _, record = files.load_tensors(tiny_run / "run" / "sae.safetensors")
+    assert (metrics["parameters"]["k"], record["k"], record["n_latents"], record["d_in"]) == (3, 3, 32, 2 * 160)
+    manifest = files.load_json(tiny_run / "run" / "trajectories" / "manifest.json")
+    assert (manifest["steps"], manifest["grid"], manifest["dtype"], len(manifest["prompts"])) == ([0, 2], [4, 4], "float32", 10)
+    assert list((tiny_run / "run" / "figures").glob("*.pdf"))
+
+
+@pytest.mark.parametrize(
+    ("notebook", "parameters", "sentence"),
+    [
+        ("01", TINY | {"hookpoint": "mid_block.attention.0"}, "hookpoint 'mid_block.attention.0' is not a module"),
+        ("01", TINY | {"steps": [0, 3]}, "step 3 does not exist"),
+        ("01", TINY | {"guidance_scale": 2.0, "prompts": "scenes"}, "guidance_scale is 2.0, but"),
+        ("03", {"k": 33, "n_latents": 32}, "k is 33; with n_latents=32 it must lie in 1 to 32"),
+        ("04", {}, "latents.json|sae.safetensors does not exist"),
+    ],
+)
+def test_bad_input_fails_with_one_sentence(tiny_run, tmp_path, notebook, parameters, sentence):
+    if notebook == "04":  # a run that stopped after 02
+        run = tmp_path / "run"
+        run.mkdir()
+        (run / "trajectories").symlink_to(tiny_run / "run" / "trajectories")
+        (run / "predictors.safetensors").symlink_to(tiny_run / "run" / "predictors.safetensors")
+    else:
+        run = tiny_run / "run"
+    done = papermill(tmp_path, notebook, run=str(run), **parameters)
+    assert done.returncode != 0
+    assert re.search(sentence, done.stderr), done.stderr[-1500:]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_notebook_is_in_order_and_fit_to_publish(name):
+    path = runs.NOTEBOOKS / f"{name}.ipynb"
+    notebook = json.loads(path.read_text())
+    code = [c for c in notebook["cells"] if c["cell_type"] == "code"]
+    assert [c["execution_count"] for c in code] == list(range(1, len(code) + 1))
+    assert not any(o["output_type"] == "error" for c in code for o in c["outputs"])
+    assert any(c["outputs"] for c in code)
+    assert path.stat().st_size <= 700_000
+    assert sum("parameters" in c["metadata"].get("tags", []) for c in code) == 1
+    assert "papermill" not in notebook["metadata"]
+    assert not any("execution" in c["metadata"] or "papermill" in c["metadata"] for c in code)
+    text = path.read_text()
+    assert str(runs.ROOT) not in text and "/home/" not in text and "it/s]" not in text
+
+
+@pytest.mark.parametrize("path", sorted((runs.NOTEBOOKS / "parameters").glob("*.yaml")), ids=lambda p: p.stem)
+def test_parameter_files_name_only_parameters_that_exist(path):
+    assert runs.load_parameters(path.stem)["run"] == path.stem
+
+
+def test_demo_parameters_are_the_notebooks_defaults():
+    defaults = {k: v for n in runs.analysis_notebooks() for k, v in runs.parameters_of(n).items()}
+    for name, value in runs.load_parameters("demo").items():
+        assert yaml.safe_load(defaults[name].strip("\"'")) == value, name
+
+
+def test_a_name_means_one_thing_in_every_notebook():
+    seen: dict[str, str] = {}
+    for notebook in runs.analysis_notebooks():
+        for name, default in runs.parameters_of(notebook).items():
+            assert seen.setdefault(name, default) == default, (notebook.stem, name)
+
+
+def test_readme_results_are_those_of_the_metrics():
+    table = report.results_table(runs.ROOT / "figures" / "demo" / "metrics", runs.ROOT / "figures" / "demo_model" / "metrics")
+    assert table in (runs.ROOT / "README.md").read_text()
+
+
+def test_readme_shows_files_that_exist():
+    readme = (runs.ROOT / "README.md").read_text()
+    for target in re.findall(r"\]\(((?!http)[^)]+)\)", readme):
+        assert (runs.ROOT / target).exists(), target
+
+
+def test_readme_ten_lines_run():
+    (code,) = re.findall(r"```python\n(.*?)```", (runs.ROOT / "README.md").read_text(), re.DOTALL)
+    names: dict = {}
+    exec(code, names)
+    assert names["steered"].shape == names["images"].shape == (6, 64, 64, 3)
+    assert abs(names["steered"] - names["images"]).max() > 0.01

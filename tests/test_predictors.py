@@ -1,0 +1,270 @@
+import numpy as np
+import pytest
+import torch
+from conftest import some_predictors
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn.linear_model import Ridge
+
+from helpers import files, sae
+from helpers.predictors import STRENGTHS, Moments, Predictors, accumulate, eigenvalues, fit
+
+S, D = 3, 4
+seeds = st.integers(0, 10_000)
+
+
+def recorded(n_images=12, seed=0, offset=0.0):
+    """Activations (image, step, token, channel) in which each step partly foretells the next."""
+    g = torch.Generator().manual_seed(seed)
+    A = 0.5 * torch.randn(D, D, generator=torch.Generator().manual_seed(99))
+    h = [torch.randn(n_images, 5, D, generator=g)]
+    for _ in range(S - 1):
+        h.append(h[-1] @ A + 0.5 * torch.randn(n_images, 5, D, generator=g) + 1)
+    return torch.stack(h, 1) * torch.tensor([1.0, 3.0, 10.0])[:, None, None] + offset
+
+
+def flat(h):
+    """(image, step, token, channel) -> (trajectory, step, channel) in float64."""
+    return h.transpose(1, 2).flatten(0, 1).double().numpy()
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    train, validation = recorded(), recorded(seed=1)
+    first = accumulate([train])
+    return train, validation, fit(first, accumulate([validation], first.shift))
+
+
+# --- moments ------------------------------------------------------------------------------------
+
+
+def test_moments_are_the_sums_they_claim_to_be():
+    h = recorded(offset=100)
+    m = accumulate([h])
+    x = flat(h) - m.shift.numpy()
+    assert m.count == 60 and m.total.dtype == torch.float64
+    np.testing.assert_allclose(m.total, x.sum(0), atol=1e-9)
+    for s in range(S):
+        np.testing.assert_allclose(m.square[s], x[:, s].T @ x[:, s], atol=1e-9)
+        if s:
+            np.testing.assert_allclose(m.cross[s], x[:, s - 1].T @ x[:, s], atol=1e-9)
+
+
+@given(seed=seeds, cuts=st.sets(st.integers(1, 11)))
+def test_moments_do_not_depend_on_how_images_are_cut_into_shards(seed, cuts):
+    h = recorded(seed=seed)
+    whole = accumulate([h])
+    bounds = [0, *sorted(cuts), len(h)]
+    shards = [h[a:b] for a, b in zip(bounds, bounds[1:])]
+    parts = [accumulate([shard], whole.shift) for shard in shards]
+    for other in (accumulate(shards, whole.shift), sum(parts[1:], parts[0])):
+        assert other.count == whole.count
+        for name in ("total", "square", "cross"):
+            torch.testing.assert_close(getattr(other, name), getattr(whole, name), rtol=1e-10, atol=1e-9)
+
+
+def test_moments_with_different_shifts_do_not_add():
+    with pytest.raises(ValueError, match="shift"):
+        accumulate([recorded()]) + accumulate([recorded(seed=1)])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_activations_that_are_not_finite_are_refused(value):
+    h = recorded()
+    h[3, 1, 2, 0] = value
+    with pytest.raises(ValueError, match="NaN or infinity.*store_dtype"):
+        accumulate([h])
+
+
+def test_no_trajectories_are_refused():
+    with pytest.raises(ValueError, match="no trajectories"):
+        accumulate(iter([]))
+
+
+# --- fitting ------------------------------------------------------------------------------------
+
+
+def test_standardised_activations_have_mean_zero_and_rms_one(fitted):
+    train, _, p = fitted
+    x = p.standardise(train.transpose(1, 2)).double().flatten(0, 1)
+    assert abs(x.mean(0)).max() < 1e-5
+    np.testing.assert_allclose(x.pow(2).mean((0, 2)), 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize("strength", [1e-6, 0.1, 10.0])
+@pytest.mark.parametrize("offset", [0.0, 1000.0])
+def test_coefficients_are_those_of_sklearns_ridge(strength, offset):
+    h = recorded(offset=offset)
+    moments = accumulate([h])
+    p = fit(moments, moments, (strength,))
+    x = flat(h)
+    mu = x.mean(0)
+    scale = np.sqrt(((x - mu) ** 2).mean((0, 2)))
+    x = (x - mu) / scale[:, None]
+    for s in range(1, S):
+        ridge = Ridge(alpha=strength * np.trace(x[:, s - 1].T @ x[:, s - 1]) / D, tol=1e-12).fit(x[:, s - 1], x[:, s])
+        np.testing.assert_allclose(p.A[s], ridge.coef_.T, atol=1e-6)
+        np.testing.assert_allclose(p.b[s], ridge.intercept_, atol=1e-6)
+        assert p.strength[s] == pytest.approx(strength)
+
+
+def test_the_intercept_takes_up_a_mean_that_is_not_zero():
+    h = recorded(offset=5)
+    moments = accumulate([h])
+    p = fit(moments, moments, (1e-3,))
+    x = flat(h)
+    for s in range(1, S):
+        alpha = 1e-3 * moments.square[s - 1].trace().item() / D
+        ridge = Ridge(alpha=alpha, tol=1e-12).fit(x[:, s - 1], x[:, s])
+        A = (p.A[s] * p.scale[s] / p.scale[s - 1]).double().numpy()
+        intercept = p.mu[s].double().numpy() - p.mu[s - 1].double().numpy() @ A
+        np.testing.assert_allclose(A, ridge.coef_.T, atol=1e-5)
+        np.testing.assert_allclose(intercept, ridge.intercept_, atol=1e-4)
+
+
+def residuals(p, h):
+    """r, (trajectory, step, channel), float64, by the definition."""
+    x = (flat(h) - p.mu.double().numpy()) / p.scale.double().numpy()[:, None]
+    r = x.copy()
+    for s in range(1, S):
+        r[:, s] = x[:, s] - (x[:, s - 1] @ p.A[s].double().numpy() + p.b[s].double().numpy())
+    return x, r
+
+
+def test_rho_is_the_rms_of_the_training_residuals(fitted):
+    train, _, p = fitted
+    _, r = residuals(p, train)
+    np.testing.assert_allclose(p.rho, np.sqrt((r**2).mean((0, 2))), rtol=1e-5)
+
+
+def test_the_strength_is_the_best_of_those_tried_on_held_out_images():
+    few, validation = recorded(n_images=2), recorded(n_images=40, seed=1)
+    train = accumulate([few])
+    held = accumulate([validation], train.shift)
+    chosen = fit(train, held).strength[1:]
+    errors = [(residuals(fit(train, held, (s,)), validation)[1][:, 1:] ** 2).sum((0, 2)) for s in STRENGTHS]
+    np.testing.assert_allclose(chosen, np.array(STRENGTHS)[np.argmin(errors, axis=0)], rtol=1e-5)
+    assert (chosen > min(STRENGTHS)).all()
+
+
+def test_the_first_step_has_no_predictor(fitted):
+    _, _, p = fitted
+    assert not p.A[0].any() and not p.b[0].any() and p.rho[0] == pytest.approx(1, rel=1e-5)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, 1 / 3, 1234.567])
+def test_a_step_that_never_varies_is_refused_by_number(value):
+    h = recorded()
+    h[:, 1] = value
+    moments = accumulate([h])
+    with pytest.raises(ValueError, match="kept step number 1 never vary"):
+        fit(moments, moments)
+
+
+# --- the map and its inverse --------------------------------------------------------------------
+
+
+@given(seed=seeds, n_steps=st.integers(2, 8), d=st.integers(1, 9))
+def test_residualize_then_restore_gives_the_activations_back(seed, n_steps, d):
+    p = some_predictors(n_steps, d, seed)
+    x = torch.randn(20, n_steps, d, generator=torch.Generator().manual_seed(seed))
+    y = p.residualize(x)
+    assert y.dtype == torch.float32 and y.shape == (20, n_steps * d)
+    assert (p.restore(y) - x).norm() <= 1e-5 * x.norm()
+    assert (p.residualize(p.restore(y)) - y).norm() <= 1e-5 * y.norm()
+
+
+@given(seed=seeds)
+def test_standardise_then_unstandardise_gives_the_activations_back(seed):
+    p = some_predictors(seed=seed)
+    h = torch.randn(20, 3, 4, generator=torch.Generator().manual_seed(seed))
+    torch.testing.assert_close(p.unstandardise(p.standardise(h)), h)
+
+
+def test_residuals_follow_their_definition(fitted):
+    train, _, p = fitted
+    x, r = residuals(p, train)
+    expected = (r / p.rho.double().numpy()[:, None]).reshape(len(r), -1)
+    np.testing.assert_allclose(p.residualize(torch.from_numpy(x)), expected, rtol=1e-9, atol=1e-9)
+
+
+@given(seed=seeds)
+def test_restore_is_the_recurrence(seed):
+    p = some_predictors(5, 3, seed)
+    y = np.random.default_rng(seed).standard_normal((4, 15))
+    A, b, rho = (getattr(p, name).double().numpy() for name in ("A", "b", "rho"))
+    for row, restored in zip(y, p.restore(torch.from_numpy(y))):
+        x = None
+        for s in range(5):
+            r = rho[s] * row[3 * s : 3 * s + 3]
+            x = r if x is None else x @ A[s] + b[s] + r
+            np.testing.assert_allclose(restored[s], x, rtol=1e-10, atol=1e-12)
+
+
+def test_restore_worked_by_hand():
+    p = Predictors(
+        mu=torch.zeros(3, 1), scale=torch.ones(3), A=torch.tensor([0.0, 2.0, -1.0]).view(3, 1, 1),
+        b=torch.tensor([[0.0], [1.0], [5.0]]), rho=torch.tensor([1.0, 0.5, 2.0]), strength=torch.zeros(3),
+    )  # fmt: skip
+    y = torch.tensor([[3.0, 4.0, 1.0]])
+    assert p.restore(y).flatten().tolist() == [3, 9, -2]  # 3; 3·2 + 1 + 2; 9·(-1) + 5 + 2
+    assert p.feature_trajectories(y).flatten().tolist() == [3, 8, -6]  # 3; 3·2 + 2; 8·(-1) + 2
+
+
+@given(seed=seeds, a=st.floats(-3, 3), c=st.floats(-3, 3))
+def test_feature_trajectories_are_linear(seed, a, c):
+    p = some_predictors(seed=seed)
+    v, w = torch.randn(2, 5, 12, generator=torch.Generator().manual_seed(seed))
+    together = p.feature_trajectories(a * v + c * w)
+    torch.testing.assert_close(together, a * p.feature_trajectories(v) + c * p.feature_trajectories(w), rtol=1e-4, atol=1e-4)
+
+
+@given(seed=seeds)
+def test_a_feature_trajectory_is_what_its_direction_adds(seed):
+    p = some_predictors(seed=seed)
+    y, w = torch.randn(2, 5, 12, generator=torch.Generator().manual_seed(seed))
+    torch.testing.assert_close(p.restore(y + w) - p.restore(y), p.feature_trajectories(w), rtol=1e-4, atol=1e-4)
+
+
+def test_leading_dimensions_are_kept():
+    p = some_predictors()
+    x = torch.randn(2, 5, 3, 4)
+    y = p.residualize(x)
+    assert y.shape == (2, 5, 12)
+    torch.testing.assert_close(y[1, 3], p.residualize(x[1, 3]))
+    torch.testing.assert_close(p.restore(y), x)
+
+
+def test_eigenvalues_come_largest_first():
+    p = some_predictors(3, 2)
+    p.A[1], p.A[2] = torch.diag(torch.tensor([0.1, -0.9])), torch.tensor([[0.0, 0.5], [-0.5, 0.0]])
+    values = eigenvalues(p)
+    np.testing.assert_allclose(values[0], [-0.9, 0.1], atol=1e-7)
+    np.testing.assert_allclose(sorted(values[1].imag), [-0.5, 0.5], atol=1e-7)
+
+
+# --- files --------------------------------------------------------------------------------------
+
+
+def test_predictors_come_back_from_their_file(tmp_path, fitted):
+    _, _, p = fitted
+    p.save(tmp_path / "p.safetensors", {"steps": [0, 2]})
+    loaded, record = Predictors.load(tmp_path / "p.safetensors")
+    assert record == {"steps": [0, 2]} and loaded.n_steps == S
+    for name, value in vars(p).items():
+        assert torch.equal(getattr(loaded, name), value)
+
+
+def test_a_file_that_holds_no_predictors_is_named(tmp_path):
+    sae.SAE(4, 4, 1).save(tmp_path / "sae.safetensors")
+    files.save_tensors(tmp_path / "part.safetensors", {"mu": torch.zeros(1)})
+    for name in ("sae", "part"):
+        with pytest.raises(ValueError, match=f"{name}.safetensors does not hold predictors"):
+            Predictors.load(tmp_path / f"{name}.safetensors")
+
+
+def test_moments_start_from_the_first_shards_mean():
+    h = recorded(offset=50)
+    moments = accumulate([h[:6], h[6:]])
+    assert isinstance(moments, Moments)
+    np.testing.assert_allclose(moments.shift, flat(h[:6]).mean(0), rtol=1e-12)
