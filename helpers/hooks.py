@@ -38,11 +38,11 @@ def denoiser_of(pipe) -> torch.nn.Module:
 
 def find(denoiser: torch.nn.Module, hookpoint: str) -> torch.nn.Module:
     """The module called `hookpoint`; ValueError with the nearest names if there is none."""
-    modules = dict(denoiser.named_modules())
-    if hookpoint and hookpoint in modules:
+    modules = {name: m for name, m in denoiser.named_modules() if name}
+    if hookpoint in modules:
         return modules[hookpoint]
     usual = [n for n in modules if n.split(".")[-1].isdigit() and n.split(".")[-2] in ("attentions", "resnets")]
-    near = difflib.get_close_matches(hookpoint, modules, 4, 0.5) or (usual or list(modules)[1:])[:6]
+    near = difflib.get_close_matches(hookpoint, modules, 4, 0.5) or (usual or list(modules))[:6]
     raise ValueError(f"hookpoint {hookpoint!r} is not a module of {type(denoiser).__name__}; valid ones are like {', '.join(near)}")
 
 
@@ -51,25 +51,28 @@ def steps_of(scheduler) -> torch.Tensor:
     return torch.unique_consecutive(scheduler.timesteps)
 
 
-def _grid(tokens: int, height: int, width: int) -> tuple[int, int]:
-    """Rows and columns of `tokens` tokens over a latent of `height` × `width`, keeping its aspect ratio."""
+def _grid(tokens: int, height: int, width: int) -> tuple[int, int] | None:
+    """Rows and columns of `tokens` tokens over a latent of `height` × `width`, keeping its aspect ratio; None if they do not fit."""
     for rows in range(1, tokens + 1):
         if tokens % rows == 0 and rows * width == tokens // rows * height:
             return rows, tokens // rows
-    raise ValueError(f"{tokens} tokens do not cover a {height}×{width} latent in proportion; choose another hookpoint")
+    return None
 
 
 @contextmanager
-def listen(denoiser: torch.nn.Module, scheduler, hookpoint: str, n_images, on_call):
+def listen(denoiser: torch.nn.Module, scheduler, hookpoint: str, n_images: int, on_call, skip_unfit: bool = False):
     """While the context lasts, call `on_call(activation, call)` each time the hookpoint's module has run.
 
     Parameters
     ----------
-    n_images : int or callable
+    n_images : int
         Images in the batch, to tell classifier-free guidance's two branches from a plain batch.
     on_call : function
         Takes the activation, Float[Tensor, "row token channel"] (all rows of the batch, unconditional
         first), and a `Call`. If it returns a tensor of the same shape, that takes the activation's place.
+
+    skip_unfit : bool
+        Pass over a module whose output is not a grid of tokens, instead of raising ValueError.
 
     Hooks are removed when the context ends, whatever ended it.
     """
@@ -90,19 +93,22 @@ def listen(denoiser: torch.nn.Module, scheduler, hookpoint: str, n_images, on_ca
         while not isinstance(tensor, torch.Tensor):  # tuples and diffusers' output classes: the first entry
             tensor = tensor[0]
         rows = state["sample"][0]
-        n = n_images() if callable(n_images) else n_images
-        branches = rows // n if n and rows % n == 0 else 1
+        branches = rows // n_images if rows % n_images == 0 else 1
         if tensor.ndim == 4:
             grid, tokens = tuple(tensor.shape[2:]), tensor.flatten(2).transpose(1, 2)
         elif tensor.ndim == 3:
             grid, tokens = _grid(tensor.shape[1], *state["sample"][-2:]), tensor
         else:
-            raise ValueError(f"hookpoint {hookpoint!r} gives shape {tuple(tensor.shape)}; one with tokens or a grid is needed")
+            grid = None
+        if grid is None and skip_unfit:
+            return None
+        if grid is None:
+            raise ValueError(f"hookpoint {hookpoint!r} gives shape {tuple(tensor.shape)}, not a grid of tokens; valid are blocks, attentions and resnets")
         edited = on_call(tokens, Call(state["step"], state["timestep"], state["calls"] > 0, grid, branches))
         if edited is None:
             return None
         edited = edited.to(tensor.dtype)
-        new = edited.transpose(1, 2).unflatten(2, grid) if tensor.ndim == 4 else edited
+        new = edited.transpose(1, 2).unflatten(2, grid).contiguous() if tensor.ndim == 4 else edited
         if isinstance(output, torch.Tensor):
             return new
         return (new, *output[1:]) if isinstance(output, tuple) else type(output)(new)

@@ -38,12 +38,14 @@ class Labels:
 
     def at_tokens(self) -> np.ndarray:
         """Labels of every token, bool, (image, token, label); all False where a token belongs to nothing."""
+        if not len(self.has):
+            return np.zeros((*self.owner.shape, len(self.names)), bool)
         values = self.has[np.maximum(self.owner, 0)]
         return values & (self.owner >= 0)[..., None]
 
     def of_kind(self, kind: int) -> np.ndarray:
         """Which tokens belong to a thing of this kind, bool, (image, token)."""
-        return (self.owner >= 0) & (self.kind[np.maximum(self.owner, 0)] == kind)
+        return np.isin(self.owner, np.nonzero(self.kind == kind)[0])
 
     def kind_of(self, label: int) -> int:
         """The kind of thing that a label describes."""

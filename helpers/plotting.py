@@ -36,8 +36,11 @@ def save_figure(fig: Figure, folder, name: str, **about) -> None:
     text = "; ".join(f"{k}={v}" for k, v in sorted(about.items()))
     for suffix, metadata in (("pdf", {"CreationDate": None, "Subject": text}), ("png", {"Description": text})):
         aside = folder / f".{name}.{suffix}.part"
-        fig.savefig(aside, format=suffix, metadata=metadata)
-        aside.replace(folder / f"{name}.{suffix}")
+        try:
+            fig.savefig(aside, format=suffix, metadata=metadata)
+            aside.replace(folder / f"{name}.{suffix}")
+        finally:
+            aside.unlink(missing_ok=True)
 
 
 def show_image(ax, image: np.ndarray, title: str = "") -> None:

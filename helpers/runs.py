@@ -34,7 +34,7 @@ DEMO_MODEL = Path(__file__).parent / "demo_weights"  # the shipped model, traine
 
 def run_folder(run: str) -> Path:
     """runs/<run> under the project, or the folder itself if `run` is an absolute path."""
-    if not run or (not Path(run).is_absolute() and not re.fullmatch(r"[\w.-]+", run)) or set(run) == {"."}:
+    if not isinstance(run, str) or not run or (not Path(run).is_absolute() and not re.fullmatch(r"[\w.-]+", run)) or set(run) == {"."}:
         raise ValueError(f"run {run!r} is not a folder name; valid are letters, digits, '.', '_' and '-', or an absolute path")
     return ROOT / "runs" / run
 
@@ -178,8 +178,9 @@ def parameters_of(notebook: Path) -> dict[str, str]:
     return {k: v["default"] for k, v in papermill.inspect_notebook(str(notebook)).items()}
 
 
-def _snapshot(*folders: Path) -> dict[Path, int]:
-    return {p: p.stat().st_mtime_ns for f in folders for p in f.rglob("*") if p.is_file() and ".part" not in p.name}
+def _snapshot(run: Path, figures: Path) -> dict[Path, int]:
+    found = [p for folder in (run, figures) for p in folder.rglob("*") if p.is_file() and not p.name.endswith(".part")]
+    return {p: p.stat().st_mtime_ns for p in found if not p.is_relative_to(run / "done")}
 
 
 def _digest(path: Path) -> str | None:
@@ -212,6 +213,7 @@ def execute(name: str) -> list[Path]:
             if done["code"] == code and all(_digest(ROOT / p) == d for p, d in done["files"].items()):
                 print(f"{notebook.stem}: done and intact", flush=True)
                 continue
+        earlier = set(load_json(stamp)["files"]) if stamp.exists() else set()  # what it wrote before and may now leave as it is
         print(f"{notebook.stem}: running", flush=True)
         before, start = _snapshot(folder, figures), time.perf_counter()
         try:
@@ -219,8 +221,8 @@ def execute(name: str) -> list[Path]:
         except PapermillExecutionError as error:
             raise RuntimeError(f"{notebook.stem} stopped: {error.evalue or error.ename}") from None
         after = _snapshot(folder, figures)
-        written = [p for p, t in after.items() if before.get(p) != t and "done" not in p.parts]
-        files = {str(p.relative_to(ROOT) if p.is_relative_to(ROOT) else p): _digest(p) for p in written}
+        written = {str(p.relative_to(ROOT) if p.is_relative_to(ROOT) else p) for p, t in after.items() if before.get(p) != t}
+        files = {p: _digest(ROOT / p) for p in sorted(written | earlier) if (ROOT / p).exists()}
         save_json(stamp, {"code": code, "files": files, "seconds": round(time.perf_counter() - start, 1)})
     return copies
 
@@ -261,7 +263,7 @@ def _keep(output: dict) -> bool:
 
 
 def _clean(output: dict, count: int) -> dict:
-    output = json.loads(json.dumps(output).replace(f"{ROOT}/", ""))
+    output = json.loads(json.dumps(output, ensure_ascii=False).replace(f"{ROOT}/", "").replace(str(ROOT), "."))
     if "execution_count" in output:
         output["execution_count"] = count
     if output["output_type"] != "stream":

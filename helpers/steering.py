@@ -48,6 +48,8 @@ def class_difference(x_true: torch.Tensor, x_false: torch.Tensor) -> torch.Tenso
 
 def _at_every_step(values: torch.Tensor, steps, n: int) -> torch.Tensor:
     """Values at the kept steps, (S, …) -> at all n steps, linear in the step index."""
+    order = np.argsort(steps)
+    values, steps = values[order], np.asarray(steps)[order]
     position = np.interp(np.arange(n), steps, np.arange(len(steps)))
     low = np.floor(position).astype(int)
     high = np.minimum(low + 1, len(steps) - 1)
@@ -140,21 +142,25 @@ def scaling(codes: torch.Tensor, u, predictors: Predictors, steps, num_inference
 
 
 def replace(
-    pipe, prompts, seeds, hookpoint: str, replacement: torch.Tensor, steps, **sampling
+    pipe, prompts, seeds, hookpoint: str, replacement: torch.Tensor, steps, *, between: bool = False, **sampling
 ) -> np.ndarray:  # fmt: skip
-    """Generate images with the conditional activations at the kept steps replaced by given ones.
+    """Generate images with the conditional activations replaced by given ones.
 
     Parameters
     ----------
     replacement : Float[Tensor, "image step token channel"]
         Raw units, one entry per kept step, in the order of `steps`.
+    between : bool
+        Whether to replace at every denoising step, by linear interpolation between kept ones, or at the kept ones alone.
     """
+    n = sampling["num_inference_steps"]
+    every = _at_every_step(replacement.transpose(0, 1), steps, n)  # (step, image, token, channel)
 
     def on_call(tokens, call):
-        if call.step not in steps:
+        if not between and call.step not in steps:
             return None
         rows = list(tokens.chunk(call.branches))
-        rows[-1] = replacement[:, list(steps).index(call.step)].to(rows[-1])
+        rows[-1] = every[call.step].to(rows[-1])
         return torch.cat(rows)
 
     return generate(pipe, prompts, seeds, hookpoint=hookpoint, on_call=on_call, **sampling)

@@ -79,13 +79,13 @@ def record(pipe, prompts, seeds, *, hookpoint, steps, **sampling) -> tuple[np.nd
 
     def on_call(tokens, call):
         where["grid"] = list(call.grid)
-        if call.step in steps and not call.repeated:
+        if call.step in steps:  # a second call within the step takes the place of the first: it sees the accepted latents
             kept[call.step] = conditional(tokens, call).to("cpu")
 
     images = generate(pipe, prompts, seeds, hookpoint=hookpoint, on_call=on_call, **sampling)
     missing = [s for s in steps if s not in kept]
     if missing:
-        raise ValueError(f"steps {missing} were never run by {type(pipe.scheduler).__name__} with num_inference_steps={sampling['num_inference_steps']}; valid are 0 to {max(kept, default=0)}")  # fmt: skip
+        raise ValueError(f"steps {missing} were never run by {type(pipe.scheduler).__name__} with num_inference_steps={sampling['num_inference_steps']}; valid are 0 to {len(steps_of(pipe.scheduler)) - 1}")  # fmt: skip
     timesteps = steps_of(pipe.scheduler).double().cpu()
     where["timesteps"] = [float(timesteps[s]) for s in steps]
     alphas = getattr(pipe.scheduler, "alphas_cumprod", None)
@@ -105,9 +105,9 @@ def shapes(pipe, names, prompt: str, **sampling) -> dict[str, tuple[int, int, in
     with ExitStack() as stack:
         for name in names:
             note = functools.partial(lambda name, t, c: seen.setdefault(name, (*c.grid, t.shape[-1])) and None, name)
-            stack.enter_context(listen(denoiser, pipe.scheduler, name, 1, note))
+            stack.enter_context(listen(denoiser, pipe.scheduler, name, 1, note, skip_unfit=True))
         generate(pipe, [prompt], [0], **sampling | {"num_inference_steps": 1})
-    return {name: seen[name] for name in names if name in seen}
+    return seen
 
 
 def hookpoints(pipe, prompt: str, **sampling) -> dict[str, tuple[int, int, int]]:
@@ -137,12 +137,14 @@ def collect(folder, pipe, prompts, seeds, split_of, *, hookpoint, steps, batch_s
     """
     if not prompts:
         raise ValueError("prompts is empty; at least one prompt is needed")
+    if not len(prompts) == len(seeds) == len(split_of) or not set(split_of) <= set(SPLITS):
+        raise ValueError(f"prompts, seeds and split_of have {len(prompts)}, {len(seeds)} and {len(split_of)} entries; they need as many, and splits are {', '.join(SPLITS)}")
     folder = Path(folder)
     find(denoiser_of(pipe), hookpoint)
     described = (record_of or {}) | {
         "hookpoint": hookpoint, "steps": list(steps), "prompts": list(prompts), "seeds": [int(s) for s in seeds],
         "split": list(split_of), "batch_size": batch_size, "dtype": str(store_dtype).removeprefix("torch."),
-        "scheduler": type(pipe.scheduler).__name__, **sampling,
+        "scheduler": type(pipe.scheduler).__name__, "height": 0, "width": 0, **sampling,
     }  # fmt: skip
     refuse_others(folder, described)
     found = shapes(pipe, [hookpoint], prompts[0], **sampling)
@@ -158,7 +160,6 @@ def collect(folder, pipe, prompts, seeds, split_of, *, hookpoint, steps, batch_s
     free = shutil.disk_usage(folder).free
     if need > free:
         raise OSError(f"n_prompts: {images_todo} images need {need / 1e9:.2f} GB in {folder}, which has {free / 1e9:.2f} GB free; choose fewer prompts or steps, or another folder")  # fmt: skip
-    save_json(folder / "begun.json", described)
     start, where = time.perf_counter(), {}
     with tqdm(total=len(prompts), initial=len(prompts) - images_todo, desc="collecting", unit="image") as bar:
         for i in todo:
@@ -166,6 +167,8 @@ def collect(folder, pipe, prompts, seeds, split_of, *, hookpoint, steps, batch_s
             images, h, where = record(pipe, prompts[batch], seeds[batch], hookpoint=hookpoint, steps=steps, **sampling)
             if not torch.isfinite(h.to(store_dtype)).all():
                 raise ValueError(f"store_dtype {store_dtype} cannot hold the activations of {hookpoint!r} (largest {h.abs().max():.3g}); valid are bfloat16 and float32")  # fmt: skip
+            if not (folder / "begun.json").exists():
+                save_json(folder / "begun.json", described)
             tensors = {"h": h.to(store_dtype), "images": torch.from_numpy((images * 255).round().astype(np.uint8))}
             save_tensors(_shard(folder, i // batch_size), tensors, where)
             bar.update(len(images))
@@ -188,8 +191,8 @@ def refuse_others(folder, described: dict) -> None:
         if (Path(folder) / name).exists():
             before = load_json(Path(folder) / name)
             for key, value in described.items():
-                if key in before and before[key] != value:
-                    was, now = (v if len(str(v)) < 60 else f"{str(v)[:50]}…" for v in (before[key], value))
+                if before.get(key) != value:
+                    was, now = (v if len(str(v)) < 60 else f"{str(v)[:50]}…" for v in (before.get(key), value))
                     raise ValueError(f"{key} is {now!r}, but {folder} was made with {was!r}; give that value or another run name")  # fmt: skip
 
 
@@ -240,7 +243,7 @@ class Store:
 
     def _parts(self, key, split, numbers=None):
         size = self.manifest["batch_size"]
-        wanted = self.split == split
+        wanted = np.isin(np.arange(len(self.split)), self.indices(split))
         for i in range(len(self.manifest["shards"])) if numbers is None else numbers:
             keep = np.nonzero(wanted[i * size : (i + 1) * size])[0]
             if len(keep):
@@ -248,6 +251,7 @@ class Store:
 
     def shards(self, split: str):
         """Activations of a split, one shard at a time: float32 Tensor, (image, step, token, channel)."""
+        self.indices(split)
         return (h.float() for h in self._parts("h", split))
 
     def images(self, split: str) -> np.ndarray:
@@ -259,6 +263,8 @@ class Store:
 
         Shards are read in random order, `buffer_shards` at a time, and their trajectories mixed together.
         """
+        if not len(self.indices(split)):
+            raise ValueError(f"split {split!r} holds no images; collect some, or choose another of {', '.join(SPLITS)}")
         rng = np.random.default_rng(seed)
         size = self.manifest["batch_size"]
         with_split = [i for i in range(len(self.manifest["shards"])) if (self.split[i * size : (i + 1) * size] == split).any()]

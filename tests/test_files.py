@@ -82,6 +82,13 @@ def test_a_full_disk_leaves_nothing_where_nothing_was(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_reader_of_the_old_file_never_sees_half_of_the_new_one(tmp_path):
+    files.save_json(tmp_path / "a.json", {"x": 1})
+    with open(tmp_path / "a.json") as reader:
+        files.save_json(tmp_path / "a.json", {"y": [0] * 1000})
+        assert json.load(reader) == {"x": 1}
+
+
 def test_an_interrupt_while_writing_leaves_the_old_file_alone(tmp_path, monkeypatch):
     path = tmp_path / "a.safetensors"
     files.save_tensors(path, {"x": torch.ones(2)})
