@@ -23,7 +23,7 @@ def results_table(demo: Path, demo_model: Path) -> str:
     model = load_json(demo_model / "00_demo_model.json")["metrics"]
     lines = ["Measured by the notebooks; `[…]` are 95 % intervals from resampling test images.", "", "| demo model, read on captions it never saw | measured | aim | |", "|---|---|---|---|"]
     for name, row in model["aims"].items():
-        lines.append(f"| {name} | {_interval(row['measured'])} | ≥ {row['aim']:.2f} | {'met' if row['met'] else 'not met'} |")
+        lines.append(f"| {name.replace('_', ' ')} | {_interval(row['measured'])} | ≥ {row['aim']:.2f} | {'met' if row['met'] else 'not met'} |")
     ev = m["02_fit_predictors"]["ev"]
     pairs = m["02_fit_predictors"]["pairs"]
     lines += ["", "| explained variance of the next kept step | " + " | ".join(pairs) + " |", "|---|" + "---|" * len(pairs)]
