@@ -27,7 +27,7 @@ def papermill(folder, notebook, **parameters):
 def tiny_run(tmp_path_factory):
     """Notebooks 01 and 02 with parameters unlike the demo's, in a folder outside the project."""
     folder = tmp_path_factory.mktemp("elsewhere")
-    for notebook, parameters in (("01", TINY), ("02", {"strengths": [0.1, 1.0]})):
+    for notebook, parameters in (("01", TINY), ("02", {"ridge_strengths": [0.1, 1.0]})):
         done = papermill(folder, notebook, run=str(folder / "run"), **parameters)
         assert done.returncode == 0, done.stderr[-2000:]
     return folder
