@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -28,6 +29,11 @@ def _replace(path: Path, write) -> None:
         raise
     finally:
         aside.unlink(missing_ok=True)
+
+
+def digest(path: str | Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def save_tensors(path: str | Path, tensors: dict[str, torch.Tensor], record: dict | None = None) -> None:

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from helpers.files import load_json, save_json
+from helpers.files import digest, load_json, load_tensors, save_json
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = ROOT / "notebooks"
@@ -90,7 +90,7 @@ def load_pipeline(model: str, device: str = "auto", dtype: str = "auto"):
 
 def fingerprint(path: str | Path) -> str:
     """First 16 hex digits of a file's SHA-256: what a later file was made from."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+    return digest(path)[:16]
 
 
 def require_same(made_from: dict, what: str, path: Path, notebook: str) -> None:
@@ -101,8 +101,6 @@ def require_same(made_from: dict, what: str, path: Path, notebook: str) -> None:
 
 def keep_other(path: Path, record: dict) -> Path | None:
     """Move a file made with another record aside, under a name of its own, so that it is not lost; returns that name."""
-    from helpers.files import load_tensors
-
     if not path.exists():
         return None
     try:
@@ -183,10 +181,6 @@ def _snapshot(run: Path, figures: Path) -> dict[Path, int]:
     return {p: p.stat().st_mtime_ns for p in found if not p.is_relative_to(run / "done")}
 
 
-def _digest(path: Path) -> str | None:
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
-
-
 def execute(name: str) -> list[Path]:
     """Run notebooks 01 to 06 with a parameter file; skip each whose code, parameters and outputs are as it left them.
 
@@ -210,7 +204,7 @@ def execute(name: str) -> list[Path]:
         copies.append(copy)
         if stamp.exists():
             done = load_json(stamp)
-            if done["code"] == code and all(_digest(ROOT / p) == d for p, d in done["files"].items()):
+            if done["code"] == code and all((ROOT / p).exists() and digest(ROOT / p) == d for p, d in done["files"].items()):
                 print(f"{notebook.stem}: done and intact", flush=True)
                 continue
         earlier = set(load_json(stamp)["files"]) if stamp.exists() else set()  # what it wrote before and may now leave as it is
@@ -222,7 +216,7 @@ def execute(name: str) -> list[Path]:
             raise RuntimeError(f"{notebook.stem} stopped: {error.evalue or error.ename}") from None
         after = _snapshot(folder, figures)
         written = {str(p.relative_to(ROOT) if p.is_relative_to(ROOT) else p) for p, t in after.items() if before.get(p) != t}
-        files = {p: _digest(ROOT / p) for p in sorted(written | earlier) if (ROOT / p).exists()}
+        files = {p: digest(ROOT / p) for p in sorted(written | earlier) if (ROOT / p).exists()}
         save_json(stamp, {"code": code, "files": files, "seconds": round(time.perf_counter() - start, 1)})
     return copies
 

@@ -9,7 +9,6 @@ on where it stopped, because an image depends on its own seed alone.
 from __future__ import annotations
 
 import functools
-import hashlib
 import shutil
 import time
 from contextlib import ExitStack
@@ -20,7 +19,7 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from helpers.files import load_json, load_tensors, save_json, save_tensors
+from helpers.files import digest, load_json, load_tensors, save_json, save_tensors
 from helpers.hooks import conditional, denoiser_of, find, listen, steps_of
 
 SPLITS = ("train", "validation", "test")
@@ -175,7 +174,7 @@ def collect(folder, pipe, prompts, seeds, split_of, *, hookpoint, steps, batch_s
     seconds = time.perf_counter() - start
     shards = [_shard(folder, i) for i in range(-(-len(prompts) // batch_size))]
     manifest = described | load_tensors(shards[0])[1]
-    manifest["shards"] = {s.name: _digest(s) for s in shards}
+    manifest["shards"] = {s.name: digest(s) for s in shards}
     save_json(folder / "manifest.json", manifest)
     return manifest | {"new_images": images_todo, "new_seconds": seconds}
 
@@ -196,15 +195,11 @@ def refuse_others(folder, described: dict) -> None:
                     raise ValueError(f"{key} is {now!r}, but {folder} was made with {was!r}; give that value or another run name")  # fmt: skip
 
 
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 def _intact(path: Path, known: dict[str, str]) -> bool:
     """Whether a shard can be read, and is the one in the manifest where there is a manifest."""
     try:
         load_tensors(path)
-        return known.get(path.name) in (None, _digest(path))
+        return known.get(path.name) in (None, digest(path))
     except (FileNotFoundError, ValueError):
         return False
 
@@ -228,11 +223,11 @@ class Store:
 
     def verify(self) -> None:
         """Compare every shard with its SHA-256; ValueError names the first that differs."""
-        for name, digest in self.manifest["shards"].items():
+        for name, expected in self.manifest["shards"].items():
             path = self.folder / name
             if not path.exists():
                 raise FileNotFoundError(f"{path} is missing; run 01_collect_trajectories again to collect it")
-            if _digest(path) != digest:
+            if digest(path) != expected:
                 raise ValueError(f"{path} is damaged; delete it and run 01_collect_trajectories again")
 
     def indices(self, split: str) -> np.ndarray:
