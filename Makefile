@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test notebooks lab run clean
+.PHONY: demo test slow notebooks lab run estimate bench clean
 
 # Run notebooks 01 to 06 on the shipped model; what is done and intact is skipped.
 demo: .venv/installed
@@ -18,6 +18,18 @@ test: .venv/installed
 	rm -rf runs/smoke runs/smoke_demo_model
 	$(BIN)/python -m pytest --nbmake --nbmake-timeout=300 notebooks
 
+# Stable Diffusion 1.5 at full size with random weights through every notebook: 12 GB of memory, about ten minutes on 2 cores.
+slow: .venv/installed
+	$(BIN)/python -m pytest tests -m slow -s
+
+# What a run will take, before it is begun: make estimate RUN=sd15
+estimate: .venv/installed
+	$(BIN)/python -m helpers.estimate $(RUN)
+
+# Speed and memory as ratios, measured here, into the README; run it when nothing else runs.
+bench: .venv/installed .venv-peers/installed
+	$(BIN)/python -m tests.benchmarks --readme
+
 # Renew what is committed: outputs of the notebooks, figures/demo, the README's results table.
 notebooks: .venv/installed
 	$(BIN)/python -m helpers.runs demo --publish
@@ -30,5 +42,10 @@ lab: .venv/installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test]"
 	touch $@
 
+.venv-peers/installed: tests/peers.txt constraints.txt
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet --constraint constraints.txt --requirement tests/peers.txt
+	touch $@
+
 clean:
-	rm -rf .venv runs
+	rm -rf .venv .venv-peers runs

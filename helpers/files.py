@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -15,7 +17,7 @@ from safetensors.torch import save_file
 def _replace(path: Path, write) -> None:
     """Let `write(aside)` make the file, then rename it over `path`; a failure leaves `path` as it was."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")  # a process id may be another machine's, too
     try:
         write(aside)
         with open(aside, "rb") as f:
@@ -33,7 +35,8 @@ def _replace(path: Path, write) -> None:
 
 def digest(path: str | Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def save_tensors(path: str | Path, tensors: dict[str, torch.Tensor], record: dict | None = None) -> None:
@@ -49,28 +52,46 @@ def save_tensors(path: str | Path, tensors: dict[str, torch.Tensor], record: dic
     _replace(Path(path), lambda aside: save_file(tensors, aside, metadata))
 
 
-def load_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict]:
-    """Read what `save_tensors` wrote: tensors on the CPU, and the record.
+def load_tensors(path: str | Path, names=None) -> tuple[dict[str, torch.Tensor], dict]:
+    """Read what `save_tensors` wrote: tensors on the CPU (all, or those of `names`), and the record.
 
     Raises
     ------
     FileNotFoundError, ValueError
         No such file, or a damaged one; the sentence names it.
     """
+    with _opened(path) as f:
+        tensors = {name: f.get_tensor(name) for name in (f.keys() if names is None else names)}
+        return tensors, json.loads((f.metadata() or {}).get("record", "{}"))
+
+
+def load_rows(path: str | Path, name: str, rows: list[int]) -> list[torch.Tensor]:
+    """Some entries along the first axis of one tensor in a file, through a memory map: the rest is not read."""
+    with _opened(path) as f:
+        tensor = f.get_slice(name)
+        return [tensor[row] for row in rows]
+
+
+@contextmanager
+def _opened(path: str | Path):
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; run the notebook that writes it first")
     try:
         with safe_open(path, "pt") as f:
-            tensors = {name: f.get_tensor(name) for name in f.keys()}
-            return tensors, json.loads((f.metadata() or {}).get("record", "{}"))
+            yield f
     except (SafetensorError, json.JSONDecodeError, OSError) as error:
         raise ValueError(f"{path} is damaged ({error}); delete it and run the notebook that writes it again") from error
 
 
+def save_text(path: str | Path, text: str) -> None:
+    """Write a text file, atomically."""
+    _replace(Path(path), lambda aside: aside.write_text(text))
+
+
 def save_json(path: str | Path, record) -> None:
     """Write a JSON file, atomically."""
-    _replace(Path(path), lambda aside: aside.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n"))
+    save_text(path, json.dumps(record, indent=2, sort_keys=True) + "\n")
 
 
 def load_json(path: str | Path):

@@ -1,31 +1,37 @@
 """Listening to, and editing, one layer of a diffusion model while it samples.
 
-A *hookpoint* is the dotted name of a module inside the denoiser (`pipe.unet` or `pipe.transformer`), as
-`named_modules()` spells it: `up_blocks.1.attentions.1`. Which denoising step is running is read from
-the timestep the denoiser is given, never from counting calls, so solvers that call the model
-twice in a step do not confuse it.
+A *hookpoint* is the dotted name of a module inside the denoiser (`pipe.unet`, `pipe.transformer`, or any
+`torch.nn.Module`), as `named_modules()` spells it: `up_blocks.1.attentions.1`. Its *signal* is the module's `output`,
+its `input`, or its `update`, output - input. Which denoising step is running is read from the timestep the denoiser
+is given, never from counting calls, so solvers that call the model twice in a step do not confuse it.
 
-Activations are handed over as (image, token, channel), tokens in reading order of an upright grid.
+Activations are handed over as (row, token, channel): image tokens alone, in reading order of an upright grid.
 """
 
 from __future__ import annotations
 
 import difflib
+import inspect
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+
+SIGNALS = ("output", "input", "update")
+BRANCHES = ("conditional", "unconditional")
+# under guidance most pipelines put the unconditional rows first; these put them last
+CONDITIONAL_FIRST = ("DiTTransformer2DModel", "StableCascadeUNet", "WuerstchenPrior")
 
 
 @dataclass(frozen=True)
 class Call:
     """Where sampling stands when a hookpoint fires."""
 
-    step: int  # index into the scheduler's distinct timesteps, noisiest first
-    timestep: float  # the scheduler's value
-    repeated: bool  # a second call within the step (Heun, PNDM)
+    step: int  # counted from the noisiest
+    timestep: float  # the value the denoiser was given
+    repeated: bool  # the solver calls the model once more within the step (Heun, PNDM)
     grid: tuple[int, int]  # token rows and columns
-    branches: int  # 2 when the batch holds unconditional, then conditional rows; else 1
+    branches: tuple[str, ...]  # which branch of guidance each equal part of the rows belongs to
 
 
 def denoiser_of(pipe) -> torch.nn.Module:
@@ -41,79 +47,235 @@ def find(denoiser: torch.nn.Module, hookpoint: str) -> torch.nn.Module:
     modules = {name: m for name, m in denoiser.named_modules() if name}
     if hookpoint in modules:
         return modules[hookpoint]
-    usual = [n for n in modules if n.split(".")[-1].isdigit() and n.split(".")[-2] in ("attentions", "resnets")]
-    near = difflib.get_close_matches(hookpoint, modules, 4, 0.5) or (usual or list(modules))[:6]
+    near = difflib.get_close_matches(hookpoint, modules, 4, 0.5) or (usual(denoiser) or list(modules))[:6]
     raise ValueError(f"hookpoint {hookpoint!r} is not a module of {type(denoiser).__name__}; valid ones are like {', '.join(near)}")
 
 
+def usual(denoiser: torch.nn.Module) -> list[str]:
+    """Where one would usually listen: members of the denoiser's lists of blocks, not the blocks within transformer blocks."""
+    numbered = [n for n, _ in denoiser.named_modules() if n.split(".")[-1].isdigit() and n.count(".") <= 3]
+    blocks = ("attentions", "resnets", "transformer_blocks", "single_transformer_blocks")
+    known = [n for n in numbered if "." in n and n.split(".")[-2] in blocks and "transformer_blocks" not in n.split(".")[:-2]]
+    return known or numbered
+
+
+def numbered(scheduler) -> tuple[torch.Tensor, torch.Tensor]:
+    """The timesteps of a scheduler, or a sequence of them, noisiest first, and the step that each belongs to."""
+    listed = torch.as_tensor(getattr(scheduler, "timesteps", scheduler)).cpu()
+    n = getattr(scheduler, "num_inference_steps", None)
+    if n == len(listed):  # equal neighbours are two steps: Karras' noise levels, rounded to whole timesteps
+        return listed, torch.arange(n)
+    if n and 2 * n - 1 == len(listed):  # two looks a step: Heun, KDPM2
+        return listed, (torch.arange(2 * n - 1) + 1) // 2
+    return listed, torch.unique_consecutive(listed, return_inverse=True)[1]  # PNDM looks twice at one step
+
+
 def steps_of(scheduler) -> torch.Tensor:
-    """The scheduler's distinct timesteps, noisiest first (PNDM and Heun list some of them twice)."""
-    return torch.unique_consecutive(scheduler.timesteps)
+    """The timestep of each step, noisiest first."""
+    listed, step = numbered(scheduler)
+    return listed[torch.searchsorted(step, torch.arange(int(step.max()) + 1), right=True) - 1]
+
+
+def _step(given, scheduler) -> tuple[int, float]:
+    """Index of the step whose timestep the denoiser was given, and that value; some pipelines hand over timestep / 1000."""
+    given = torch.as_tensor(given).flatten()[0].cpu()
+    listed, step = numbered(scheduler)
+    listed = listed.to(given.dtype) if given.is_floating_point() else listed  # half precision rounds the timesteps, too
+    trained = getattr(getattr(scheduler, "config", None), "num_train_timesteps", 1000)
+    far = [(table - given).abs().double() / (table.abs().double() + 1e-3 * table.abs().max()) for table in (listed, listed / trained)]
+    distance = min(far, key=lambda f: f.min())
+    if distance.min() > 0.5:
+        raise ValueError(f"the denoiser was given timestep {float(given):.6g}, which is none of the scheduler's; valid are the timesteps that it lists, {float(listed[0]):.6g} to {float(listed[-1]):.6g}")  # fmt: skip
+    nearest = (distance == distance.min()).nonzero().flatten().tolist()
+    at = getattr(scheduler, "step_index", None)  # tells apart those that rounding made equal
+    return int(step[at if at in nearest else nearest[0]]), float(given)
 
 
 def _grid(tokens: int, height: int, width: int) -> tuple[int, int] | None:
-    """Rows and columns of `tokens` tokens over a latent of `height` × `width`, keeping its aspect ratio; None if they do not fit."""
+    """Rows and columns of `tokens` tokens over `height` × `width` latents: halved some times, or in proportion; None if neither."""
+    for halvings in range(8):
+        rows, columns = -(-height // 2**halvings), -(-width // 2**halvings)
+        if rows * columns == tokens:
+            return rows, columns
     for rows in range(1, tokens + 1):
         if tokens % rows == 0 and rows * width == tokens // rows * height:
             return rows, tokens // rows
     return None
 
 
+class _Sampling:
+    """What the denoiser's own inputs tell about the running call."""
+
+    def __init__(self, denoiser, scheduler, n_images):
+        self.signature = inspect.signature(denoiser.forward)
+        self.patch = getattr(getattr(denoiser, "config", None), "patch_size", None)
+        self.reversed = type(denoiser).__name__ in CONDITIONAL_FIRST
+        self.scheduler, self.n_images = scheduler, n_images
+        self.step = self.latents = None
+
+    def note(self, args, kwargs) -> None:
+        given = self.signature.bind_partial(*args, **kwargs).arguments
+        names = list(given)
+        latents = given[next((n for n in ("sample", "hidden_states") if n in given), names[0])]
+        timestep = given[next((n for n in ("timestep", "timesteps", "t", "sigma") if n in given), names[1 % len(names)])]
+        before, self.step_before = self.latents, self.step
+        self.step, self.timestep = _step(timestep, self.scheduler)
+        same_step = self.step == self.step_before
+        same_latents = same_step and before is not None and before.shape == latents.shape and torch.equal(before, latents)
+        # the same latents again are guidance's other branch, other latents are the solver's second look
+        self.pass_ = self.pass_ + 1 if same_latents else 0
+        self.repeated = same_step and (self.repeated if same_latents else True)
+        self.latents = latents.clone()  # loops may change theirs in place
+        rows = len(latents)
+        n = rows // self.n_images if self.n_images and rows % self.n_images == 0 else 1
+        if n > 2:
+            raise ValueError(f"the denoiser was given {rows} rows for {self.n_images} images; valid are one row an image, or two under classifier-free guidance")
+        order = BRANCHES if self.reversed else BRANCHES[::-1]
+        self.branches = order if n == 2 else (BRANCHES[min(self.pass_, 1)],)
+        text = given.get("encoder_hidden_states")
+        self.text = text.shape[1] if isinstance(text, torch.Tensor) and text.ndim == 3 else 0
+        ids = given.get("img_ids")
+        if ids is not None:
+            rows_columns = ids.reshape(-1, ids.shape[-1]).amax(0)[-2:] - ids.reshape(-1, ids.shape[-1]).amin(0)[-2:] + 1
+            self.exact = tuple(int(v) for v in rows_columns)
+        elif latents.ndim == 4 and isinstance(self.patch, int):
+            self.exact = (latents.shape[2] // self.patch, latents.shape[3] // self.patch)
+        else:
+            self.exact = None
+
+    def fit(self, tensor) -> tuple[tuple[int, int], int] | None:
+        """Grid of a tensor's image tokens and how many tokens (of text) stand before them; None if it holds no grid."""
+        if tensor.ndim == 4 and len(tensor) == len(self.latents):
+            grid, own = tuple(tensor.shape[2:]), tuple(self.latents.shape[2:])
+            return (grid, 0) if not self.exact or grid in (self.exact, own) else None  # not the heads of an attention
+        if tensor.ndim != 3:
+            return None
+        n = tensor.shape[1]
+        if self.exact:
+            before = n - self.exact[0] * self.exact[1]
+            return (self.exact, before) if before in (0, self.text) else None
+        grid = _grid(n, *self.latents.shape[-2:]) if self.latents.ndim == 4 else _square(n)
+        return grid and (grid, 0)
+
+
+def _square(tokens: int) -> tuple[int, int] | None:
+    side = round(tokens**0.5)
+    return (side, side) if side * side == tokens else None
+
+
+def _image_part(module, value, sampling: _Sampling):
+    """Of a module's output: its position (None for a bare tensor), the tensor that holds the image, its grid, text tokens before it."""
+    if isinstance(value, torch.Tensor):
+        fits = sampling.fit(value)
+        return fits and (None, value, *fits)
+    entries = list(value.values()) if isinstance(value, dict) else list(value)
+    fitting = [(i, v, sampling.fit(v)) for i, v in enumerate(entries) if isinstance(v, torch.Tensor)]
+    fitting = [(i, v, f) for i, v, f in fitting if f]
+    fitting = [c for c in fitting if c[2][1] == 0] or fitting  # without text in front, if there is such a one
+    if not fitting:
+        return None
+    i, v, fits = fitting[0 if "Attention" in type(module).__name__ else -1]  # two-stream blocks return (text, image), their attention (image, text)
+    return i, v, *fits
+
+
+def _tokens(tensor, before):
+    return tensor.flatten(2).transpose(1, 2) if tensor.ndim == 4 else tensor[:, before:]
+
+
+def _put(tensor, tokens, grid, before):
+    """The tensor with its image tokens replaced."""
+    tokens = tokens.to(tensor.dtype)
+    if tensor.ndim == 4:
+        return tokens.transpose(1, 2).unflatten(2, grid).contiguous()
+    return torch.cat([tensor[:, :before], tokens], 1) if before else tokens
+
+
+def _put_into(value, position, tensor):
+    if position is None:
+        return tensor
+    if isinstance(value, dict):  # diffusers' output classes
+        return type(value)(**{name: tensor if i == position else v for i, (name, v) in enumerate(value.items())})
+    return type(value)(tensor if i == position else v for i, v in enumerate(value))
+
+
 @contextmanager
-def listen(denoiser: torch.nn.Module, scheduler, hookpoint: str, n_images: int, on_call, skip_unfit: bool = False):
-    """While the context lasts, call `on_call(activation, call)` each time the hookpoint's module has run.
+def listen(denoiser: torch.nn.Module, scheduler, hookpoint: str, on_call, *, n_images: int | None = None, signal: str = "output", skip_unfit: bool = False):  # fmt: skip
+    """While the context lasts, call `on_call(activation, call)` each time the hookpoint's module runs.
 
     Parameters
     ----------
-    n_images : int
-        Images in the batch, to tell classifier-free guidance's two branches from a plain batch.
+    scheduler : a diffusers scheduler, or the timesteps of a sampling loop, noisiest first
     on_call : function
-        Takes the activation, Float[Tensor, "row token channel"] (all rows of the batch, unconditional
-        first), and a `Call`. If it returns a tensor of the same shape, that takes the activation's place.
-
+        Takes the activation, Float[Tensor, "row token channel"], and a `Call`. If it returns a tensor of the same
+        shape, that takes the activation's place (for `update`, the output becomes input + what was returned).
+    n_images : int, optional
+        Images in the batch, to tell classifier-free guidance's two branches from a plain batch; None: as many as rows.
+    signal : 'output', 'input' or 'update' of the module
     skip_unfit : bool
-        Pass over a module whose output is not a grid of tokens, instead of raising ValueError.
+        Pass over a module without a grid of tokens, instead of raising ValueError.
+
+    Raises
+    ------
+    ValueError
+        No such hookpoint or signal, no grid of tokens there, or a compiled model, under which hooks do not run.
 
     Hooks are removed when the context ends, whatever ended it.
     """
+    if signal not in SIGNALS:
+        raise ValueError(f"signal {signal!r} is not one of {', '.join(SIGNALS)}")
+    if any(getattr(m, "_compiled_call_impl", None) is not None or hasattr(m, "_orig_mod") for m in denoiser.modules()):
+        raise ValueError("model: its denoiser is compiled by torch.compile, under which hooks are passed over; valid is the model before compiling (`._orig_mod`)")
     module = find(denoiser, hookpoint)
-    state = {"step": None, "calls": 0}
+    sampling = _Sampling(denoiser, scheduler, n_images)
+    inputs: dict = {}
+
+    def unfit(value):
+        if skip_unfit:
+            return None
+        what = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+        raise ValueError(f"hookpoint {hookpoint!r}: its {signal} ({what}) is not a grid of image tokens; valid are blocks, attentions and resnets")
+
+    def call(grid):
+        return Call(sampling.step, sampling.timestep, sampling.repeated, grid, sampling.branches)
 
     def before(_, args, kwargs):
-        sample = kwargs["sample"] if "sample" in kwargs else kwargs.get("hidden_states", args[0] if args else None)
-        timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
-        value = float(torch.as_tensor(timestep).flatten()[0])
-        steps = steps_of(scheduler).to("cpu", torch.float64)
-        step = int((steps - value).abs().argmin())
-        state["calls"] = state["calls"] + 1 if step == state["step"] else 0
-        state.update(step=step, timestep=value, sample=sample.shape)
-
-    def after(_, __, output):
-        tensor = output
-        while not isinstance(tensor, torch.Tensor):  # tuples and diffusers' output classes: the first entry
-            tensor = tensor[0]
-        rows = state["sample"][0]
-        branches = rows // n_images if rows % n_images == 0 else 1
-        if tensor.ndim == 4:
-            grid, tokens = tuple(tensor.shape[2:]), tensor.flatten(2).transpose(1, 2)
-        elif tensor.ndim == 3:
-            grid, tokens = _grid(tensor.shape[1], *state["sample"][-2:]), tensor
-        else:
-            grid = None
-        if grid is None and skip_unfit:
+        key = "hidden_states" if "hidden_states" in kwargs else next((i for i, a in enumerate(args) if isinstance(a, torch.Tensor)), None)
+        value = kwargs[key] if key == "hidden_states" else args[key] if key is not None else None
+        fits = sampling.fit(value) if value is not None else None
+        if fits is None:
+            return unfit(value)
+        if signal == "update":
+            inputs["tokens"] = _tokens(value, fits[1]).clone()  # the module may write over its input
             return None
-        if grid is None:
-            raise ValueError(f"hookpoint {hookpoint!r} gives shape {tuple(tensor.shape)}, not a grid of tokens; valid are blocks, attentions and resnets")
-        edited = on_call(tokens, Call(state["step"], state["timestep"], state["calls"] > 0, grid, branches))
+        edited = on_call(_tokens(value, fits[1]), call(fits[0]))
         if edited is None:
             return None
-        edited = edited.to(tensor.dtype)
-        new = edited.transpose(1, 2).unflatten(2, grid).contiguous() if tensor.ndim == 4 else edited
-        if isinstance(output, torch.Tensor):
-            return new
-        return (new, *output[1:]) if isinstance(output, tuple) else type(output)(new)
+        new = _put(value, edited, *fits)
+        if key == "hidden_states":
+            return args, kwargs | {key: new}
+        return (*args[:key], new, *args[key + 1 :]), kwargs
 
-    handles = [denoiser.register_forward_pre_hook(before, with_kwargs=True), module.register_forward_hook(after)]
+    def after(_, __, output):
+        part = _image_part(module, output, sampling)
+        if part is None:
+            return unfit(output)
+        position, tensor, grid, text = part
+        tokens = _tokens(tensor, text)
+        if signal == "update":
+            entering = inputs.pop("tokens", None)
+            if entering is None or entering.shape != tokens.shape:
+                return unfit(output)
+            edited = on_call(tokens - entering, call(grid))
+            edited = None if edited is None else entering + edited
+        else:
+            edited = on_call(tokens, call(grid))
+        return None if edited is None else _put_into(output, position, _put(tensor, edited, grid, text))
+
+    handles = [denoiser.register_forward_pre_hook(lambda _, args, kwargs: sampling.note(args, kwargs), with_kwargs=True)]
+    if signal != "output":
+        handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+    if signal != "input":
+        handles.append(module.register_forward_hook(after))
     try:
         yield
     finally:
@@ -121,6 +283,8 @@ def listen(denoiser: torch.nn.Module, scheduler, hookpoint: str, n_images: int, 
             handle.remove()
 
 
-def conditional(tokens: torch.Tensor, call: Call) -> torch.Tensor:
-    """The rows of the conditional branch; all of them where there is no guidance."""
-    return tokens.chunk(call.branches)[-1]
+def rows_of(tokens: torch.Tensor, call: Call, branch: str) -> torch.Tensor | None:
+    """The rows of one branch of guidance, in the order of the images; None if this call does not run it."""
+    if branch not in call.branches:
+        return None
+    return tokens.chunk(len(call.branches))[call.branches.index(branch)]

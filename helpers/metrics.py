@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
+import scipy.sparse
 import torch
 from scipy.stats import rankdata
 
@@ -59,9 +60,10 @@ def squared_errors(x: torch.Tensor, x_hat: torch.Tensor, mean_train: torch.Tenso
     -------
     Σ (x - x_hat)² and Σ (x - mean_train)², each float64, (image, step).
     """
-    error = (x.double() - x_hat.double()).pow(2).sum((2, 3))
-    spread = (x.double() - mean_train.double()[:, None]).pow(2).sum((2, 3))
-    return error.numpy(), spread.numpy()
+    x, x_hat, mean_train = (v.to("cpu" if v.device.type == "mps" else v.device).double() for v in (x, x_hat, mean_train))
+    error = (x - x_hat).pow(2).sum((2, 3))
+    spread = (x - mean_train[:, None]).pow(2).sum((2, 3))
+    return error.cpu().numpy(), spread.cpu().numpy()
 
 
 def explained_variance(error, spread, **kwargs) -> Estimate:
@@ -69,12 +71,12 @@ def explained_variance(error, spread, **kwargs) -> Estimate:
     return ratio(error, spread, transform=lambda q: 1 - q, **kwargs)
 
 
-def auroc(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
+def auroc(scores, labels: np.ndarray) -> np.ndarray:
     """Area under the ROC curve of each score for each label: Mann-Whitney, ties count a half.
 
     Parameters
     ----------
-    scores : float, (sample, latent)
+    scores : float, (sample, latent), dense; or a scipy sparse matrix of codes, not negative, whose zeros all tie
     labels : bool, (sample, label)
 
     Returns
@@ -83,11 +85,32 @@ def auroc(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """
     labels = np.asarray(labels, float)
     positives, n = labels.sum(0), len(labels)
-    out = np.empty((scores.shape[1], labels.shape[1]))
-    for i in range(0, scores.shape[1], 64):  # ranks of 64 latents at a time, to bound memory
-        out[i : i + 64] = rankdata(scores[:, i : i + 64], axis=0).T @ labels
+    if scipy.sparse.issparse(scores):
+        ranks, zero_rank = sparse_ranks(scores)
+        with_code = (ranks != 0).astype(float).T @ labels  # (latent, label): positives that have a code
+        out = ranks.T @ labels + (positives - with_code) * zero_rank[:, None]
+    else:
+        out = np.empty((scores.shape[1], labels.shape[1]))
+        for i in range(0, scores.shape[1], 64):  # ranks of 64 latents at a time, to bound memory
+            out[i : i + 64] = rankdata(scores[:, i : i + 64], axis=0).T @ labels
     with np.errstate(invalid="ignore", divide="ignore"):
         return (out - positives * (positives + 1) / 2) / (positives * (n - positives))
+
+
+def sparse_ranks(codes) -> tuple[scipy.sparse.csr_matrix, np.ndarray]:
+    """Ranks among each column of codes that are not negative: of the positive ones, as a sparse matrix, and the one that all zeros share, (latent,)."""
+    coo = scipy.sparse.coo_matrix(codes)
+    row, column, value = (v[coo.data > 0] for v in (coo.row, coo.col, coo.data))
+    order = np.lexsort((value, column))
+    row, column, value = row[order], column[order], value[order]
+    count = np.bincount(column, minlength=codes.shape[1])
+    zeros = codes.shape[0] - count
+    within = np.arange(len(column)) - np.repeat(np.cumsum(count) - count, count) + 1.0
+    new = np.concatenate([[True], (np.diff(column) != 0) | (np.diff(value) != 0)])[: len(column)]
+    tie = np.cumsum(new) - 1
+    shared = np.bincount(tie, within) / np.bincount(tie) if len(tie) else within
+    ranks = scipy.sparse.csr_matrix((shared[tie] + zeros[column], (row, column)), codes.shape)
+    return ranks, (zeros + 1) / 2
 
 
 def auroc_interval(scores, labels, images, n_resamples: int = 200, seed: int = 0) -> Estimate:

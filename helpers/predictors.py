@@ -35,35 +35,67 @@ class Moments:
     square: torch.Tensor  # (S, d, d): sum of h[s]ᵀ h[s]
     cross: torch.Tensor  # (S, d, d): sum of h[s-1]ᵀ h[s]; [0] is unused
 
+    def summed(self, accelerator) -> Moments:
+        """These sums added up over an `accelerate.Accelerator`'s processes, which must share one shift."""
+        parts = (torch.as_tensor(getattr(self, f.name)).to(accelerator.device) for f in fields(self)[1:])
+        count, *sums = (accelerator.reduce(part, "sum").cpu() for part in parts)
+        return Moments(self.shift, int(count), *sums)
+
+    @staticmethod
+    def none(shift: torch.Tensor) -> Moments:
+        """Those of no trajectories at all."""
+        S, d = shift.shape
+        return Moments(shift, 0, torch.zeros_like(shift), shift.new_zeros(S, d, d), shift.new_zeros(S, d, d))
+
+    def save(self, path: str | Path, record: dict | None = None) -> None:
+        """Write to one safetensors file, atomically, with a JSON-able record beside the tensors."""
+        save_tensors(path, {f.name: torch.as_tensor(getattr(self, f.name)) for f in fields(self)}, record)
+
+    @staticmethod
+    def load(path: str | Path) -> tuple[Moments, dict]:
+        """Read what `save` wrote."""
+        tensors, record = load_tensors(path)
+        return Moments(**tensors | {"count": int(tensors["count"])}), record
+
     def __add__(self, other: Moments) -> Moments:
         if not torch.equal(self.shift, other.shift):
             raise ValueError("moments with different shifts cannot be added; pass the first one's shift to accumulate")
         return Moments(self.shift, *(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)[1:]))
 
 
-def accumulate(shards, shift: torch.Tensor | None = None) -> Moments:
+def accumulate(shards, shift: torch.Tensor | None = None, device: str = "cpu") -> Moments:
     """Moments of an iterable of raw activations, each Float[Tensor, "image step token channel"].
+
+    Sums are float64, on the CPU where the device has none (MPS), and come back on the CPU.
 
     Raises
     ------
     ValueError
         No trajectories, or a value that is not finite.
     """
-    moments = None
+    device = "cpu" if str(device).startswith("mps") else device
+    shift, moments = None if shift is None else shift.to(device), None
     for h in shards:
-        h = h.double().permute(1, 0, 2, 3).flatten(1, 2)  # step, trajectory, channel
+        h = h.to(device).double().permute(1, 0, 2, 3).flatten(1, 2)  # step, trajectory, channel
         if not torch.isfinite(h).all():
             raise ValueError("the recorded activations hold NaN or infinity; collect them again with store_dtype 'float32'")
         if shift is None:
             shift = h.mean(1)
         h = h - shift[:, None]
-        cross = torch.zeros(len(h), h.shape[2], h.shape[2], dtype=torch.float64)
+        cross = h.new_zeros(len(h), h.shape[2], h.shape[2])
         cross[1:] = h[:-1].transpose(1, 2) @ h[1:]
-        part = Moments(shift, h.shape[1], h.sum(1), h.transpose(1, 2) @ h, cross)
+        part = Moments(shift, h.shape[1], h.sum(1), _squares(h), cross)
         moments = part if moments is None else moments + part
     if moments is None:
         raise ValueError("there are no trajectories to fit on; the split is empty, so give it at least one prompt")
-    return moments
+    return Moments(*(v.cpu() if isinstance(v, torch.Tensor) else v for v in (getattr(moments, f.name) for f in fields(moments))))
+
+
+def _squares(h: torch.Tensor) -> torch.Tensor:
+    """hᵀh of each step, (S, n, d) -> (S, d, d); NumPy knows that a product with itself is half the work."""
+    if h.device.type != "cpu":
+        return h.transpose(1, 2) @ h
+    return torch.from_numpy(np.stack([x.T @ x for x in h.numpy()]))
 
 
 @dataclass
@@ -122,6 +154,15 @@ class Predictors:
         """
         return self.restore(directions) - self.restore(torch.zeros_like(directions[:1]))
 
+    def batches(self, store, split: str, batch_size: int, seed: int = 0, start: int = 0, share: tuple[int, int] = (0, 1), device="cpu"):
+        """Endless shuffled batches of residualized trajectories, (batch_size, S·d), of a `stores.Store`; see its `batches`."""
+        for h in store.batches(split, batch_size, seed, start, share):
+            yield self.residualize(self.standardise(h.to(device)))
+
+    def to(self, device) -> Predictors:
+        """These predictors on another device."""
+        return Predictors(*(getattr(self, f.name).to(device) for f in fields(self)))
+
     def save(self, path: str | Path, record: dict | None = None) -> None:
         """Write to one safetensors file, atomically, with a JSON-able record beside the tensors."""
         save_tensors(path, {f.name: getattr(self, f.name) for f in fields(self)}, record)
@@ -152,11 +193,12 @@ def _standardised(m: Moments, mu: torch.Tensor, scale: torch.Tensor):
     return square, cross, total
 
 
-def fit(train: Moments, validation: Moments, strengths=STRENGTHS) -> Predictors:
+def fit(train: Moments, validation: Moments, strengths=STRENGTHS, dtype: torch.dtype = torch.float32) -> Predictors:
     """Ridge regression between neighbouring steps; each pair's strength is the best on held-out images.
 
-    Solves (XᵀX + lam · tr(XᵀX)/d · I) A = XᵀY on standardised, centred activations; the intercept is not
-    penalised, and is zero because both sides are centred.
+    Solves (XᵀX + lam · tr(XᵀX)/d · I) A = XᵀY in float64 on standardised, centred activations; the intercept is not
+    penalised, and is zero because both sides are centred. The result is rounded to `dtype`. Where there are fewer trajectories
+    than channels, so that training residuals all but vanish, rho is measured on the held-out images.
     """
     n, (S, d) = train.count, train.shift.shape
     mu = train.shift + train.total / n
@@ -176,12 +218,13 @@ def fit(train: Moments, validation: Moments, strengths=STRENGTHS) -> Predictors:
             error = _squared_error(candidate, held_square[s - 1], held_cross[s], held_square[s])
             if best is None or error < best[0]:
                 best = (error, strength, candidate)
-        _, chosen[s], A[s] = best
-        rho[s] = (_squared_error(A[s], square[s - 1], cross[s], square[s]) / (n * d)).clamp(min=0).sqrt()
+        held_error, chosen[s], A[s] = best
+        seen, held = _squared_error(A[s], square[s - 1], cross[s], square[s]) / n, held_error / validation.count
+        rho[s] = ((seen if seen > 1e-4 * held else held) / d).clamp(min=0).sqrt()
     if (rho == 0).any():
         raise ValueError(f"steps: kept step number {int((rho == 0).nonzero()[0])} is predicted without error, so it has no residual; leave it out or record more images")  # fmt: skip
     parts = (mu, scale, A, torch.zeros(S, d, dtype=torch.float64), rho, chosen)
-    return Predictors(*(p.float() for p in parts))
+    return Predictors(*(p.to(dtype) for p in parts))
 
 
 def _squared_error(A, xx, xy, yy):

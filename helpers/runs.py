@@ -55,29 +55,41 @@ def choose_device(device: str) -> str:
     return device
 
 
-def choose_dtype(dtype: str, device: str = "cpu") -> torch.dtype:
-    """'auto' is float16 on CUDA and float32 elsewhere; else 'float32', 'float16' or 'bfloat16'."""
-    named = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-    named["auto"] = torch.float16 if device.startswith("cuda") else torch.float32
+def choose_dtype(dtype: str, auto: torch.dtype = torch.float32) -> torch.dtype:
+    """'float32', 'float16' or 'bfloat16'; 'auto' is what the caller says."""
+    named = {"auto": auto, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
     if dtype not in named:
         raise ValueError(f"dtype {dtype!r} is not one of {', '.join(map(repr, named))}")
     return named[dtype]
 
 
-def load_pipeline(model: str, device: str = "auto", dtype: str = "auto"):
+def peak_memory(device: str = "cpu") -> str:
+    """The most memory this process has held so far, in words."""
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    said = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:.2f} GB of memory"
+    if str(device).startswith("cuda"):
+        said += f", {torch.cuda.max_memory_allocated(device) / 1e9:.2f} GB on {torch.cuda.get_device_name(device)}"
+    return said
+
+
+def load_pipeline(model: str, device: str = "auto", dtype: str = "auto", revision: str = ""):
     """A diffusers pipeline: 'demo' for the shipped model, else a folder or a name on the Hugging Face hub.
 
-    Weights are read from safetensors alone, and no code comes with them.
+    `dtype` 'auto' is float16 on CUDA and float32 elsewhere; `revision` is a branch, tag or commit on the hub. Weights are
+    read from safetensors alone, and no code comes with them.
     """
     from diffusers import DiffusionPipeline
     from diffusers.utils import logging
 
     logging.disable_progress_bar()
     device = choose_device(device)
-    options = {"dtype": choose_dtype(dtype, device), "use_safetensors": True}
+    precision = choose_dtype(dtype, torch.float16 if device.startswith("cuda") else torch.float32)
+    options = {"dtype": precision, "use_safetensors": True} | ({"revision": revision} if revision else {})
     source = DEMO_MODEL if model == "demo" else model
     try:
-        config = DiffusionPipeline.load_config(source)
+        config = DiffusionPipeline.load_config(source, revision=revision or None)
         if "safety_checker" in config:  # it would blacken images; research needs to see them
             options |= {"safety_checker": None, "requires_safety_checker": False}
         pipe = DiffusionPipeline.from_pretrained(source, **options)
@@ -86,6 +98,16 @@ def load_pipeline(model: str, device: str = "auto", dtype: str = "auto"):
         raise ValueError(f"model {model!r} could not be loaded ({reason}); valid are 'demo', a folder, or a hub name, with safetensors weights") from error  # fmt: skip
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
+
+
+def resolved_revision(model: str, revision: str = "") -> str:
+    """The commit on the hub that a model's files came from; the given revision where it cannot be told; empty for a folder."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if model == "demo" or Path(model).expanduser().exists():
+        return ""
+    path = try_to_load_from_cache(model, "model_index.json", revision=revision or None)
+    return Path(path).parent.name if isinstance(path, str) else revision
 
 
 def fingerprint(path: str | Path) -> str:
@@ -134,11 +156,6 @@ def write_metrics(run: str, notebook: str, parameters: dict, metrics: dict) -> P
     return path
 
 
-def read_metrics(run: str, notebook: str) -> dict:
-    """The figures that a notebook wrote for a run."""
-    return load_json(run_folder(run) / "metrics" / f"{notebook}.json")["metrics"]
-
-
 # --- running the notebooks ----------------------------------------------------------------------
 
 
@@ -174,6 +191,15 @@ def parameters_of(notebook: Path) -> dict[str, str]:
     import papermill
 
     return {k: v["default"] for k, v in papermill.inspect_notebook(str(notebook)).items()}
+
+
+def parameters_for(notebook: str, name: str) -> dict:
+    """All parameters of a notebook ('01'), its defaults under those of a parameter file; see `load_parameters`."""
+    import ast
+
+    (path,) = NOTEBOOKS.glob(f"{notebook}_*.ipynb")
+    defaults = {k: ast.literal_eval(v) for k, v in parameters_of(path).items()}
+    return defaults | {k: v for k, v in load_parameters(name).items() if k in defaults}
 
 
 def _snapshot(run: Path, figures: Path) -> dict[Path, int]:

@@ -4,14 +4,21 @@ In training the k · batch largest codes of a whole batch are kept (BatchTopK, B
 arXiv:2412.06410); at inference a threshold learnt meanwhile takes their place, so that a code never
 depends on what else is in its batch. Latents that stopped firing are revived by the auxiliary loss of Gao et al. (2024,
 arXiv:2406.04093): they reconstruct what the living ones left over. Decoder rows have unit norm.
+
+The one dense product that training needs is the encoder's. Decoding, the gradient of the codes and the gradients of both
+weight matrices are products with a sparse matrix of the kept codes, so they are written out by hand.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
-from dataclasses import dataclass, field
+import warnings
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm.auto import tqdm
 
@@ -42,7 +49,7 @@ class SAE(torch.nn.Module):
         rows = torch.randn(n_latents, d_in, generator=torch.Generator().manual_seed(seed))
         rows = rows / rows.norm(dim=1, keepdim=True)
         self.W_dec = torch.nn.Parameter(rows)  # (n_latents, d_in)
-        self.W_enc = torch.nn.Parameter(rows.T.contiguous())  # (d_in, n_latents)
+        self.W_enc = torch.nn.Parameter(rows.clone().T)  # (d_in, n_latents), in memory latent by latent
         self.b_enc = torch.nn.Parameter(torch.zeros(n_latents))
         self.b_dec = torch.nn.Parameter(torch.zeros(d_in))
         self.register_buffer("threshold", torch.zeros(()))
@@ -62,31 +69,6 @@ class SAE(torch.nn.Module):
 
     def forward(self, y: torch.Tensor) -> torch.Tensor:
         return self.decode(self.encode(y))
-
-    def kept(self, z: torch.Tensor) -> torch.Tensor:
-        """Flat indices, ascending, of the k · n largest entries of preactivations (n, n_latents) over the whole batch."""
-        flat, n = z.flatten(), self.k * len(z)
-        among = torch.arange(0)
-        if flat.numel() > 100_000:  # a sample tells where the cut lies, so that few entries need sorting
-            sample = flat[:: flat.numel() // 20_000]
-            low = torch.topk(sample, min(len(sample), 1 + 3 * n * len(sample) // flat.numel())).values[-1]
-            among = (flat > low).nonzero().flatten()
-        if len(among) < n:  # a small batch, or a sample that misled
-            among = torch.arange(flat.numel(), device=z.device)
-        return among[torch.topk(flat[among], n, sorted=False).indices].sort().values
-
-    def batch_topk(self, z: torch.Tensor) -> torch.Tensor:
-        """Preactivations (n, n_latents) with all but the k · n largest of the whole batch set to zero."""
-        kept = self.kept(z.detach())
-        return torch.zeros_like(z).flatten().scatter(0, kept, z.flatten()[kept]).view_as(z)
-
-    def decode_kept(self, z: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-        """`decode(batch_topk(z))`, touching only the decoder rows of the entries `kept`: the same to rounding, and faster."""
-        starts = torch.searchsorted(kept, torch.arange(len(z), device=z.device) * self.n_latents)
-        rows = torch.nn.functional.embedding_bag(
-            kept % self.n_latents, self.W_dec, starts, mode="sum", per_sample_weights=z.flatten()[kept]
-        )
-        return rows + self.b_dec
 
     def save(self, path: str | Path, record: dict | None = None) -> None:
         """Write to one safetensors file, atomically, with a JSON-able record."""
@@ -118,71 +100,214 @@ class History:
 
 def train(
     batches, d_in: int, n_latents: int, k: int, *, n_steps: int, learning_rate: float = 1e-3, aux_coefficient: float = 1 / 32,
-    dead_after: int = 50_000, seed: int = 0, device="cpu", log_every: int = 10, label: str = "SAE",
+    dead_after: int = 50_000, seed: int = 0, device="cpu", dtype: torch.dtype = torch.float32, accumulate: int = 1, checkpoints=None,
+    save_every: int = 500, record: dict | None = None, accelerator=None, log_every: int = 10, label: str = "SAE",
 ) -> tuple[SAE, History]:  # fmt: skip
-    """Train an SAE on an iterator of batches (n, d_in), float32.
+    """Train an SAE on batches with Adam: warm-up over 5 % of the updates, linear decay over the last 20 %.
 
-    Adam; linear warm-up over the first 5 % of steps, linear decay over the last 20 %. A latent is dead once it has
-    not fired for `dead_after` inputs; the dead ones share an auxiliary loss with k_aux = d_in / 2, at most
-    their number.
+    Parameters
+    ----------
+    batches : iterable of Float[Tensor, "batch d_in"], or a function of the number of batches to leave out that returns one
+    n_steps : int
+        Updates.
+    dead_after : int
+        Inputs without firing after which a latent counts as dead and takes part in the auxiliary loss.
+    dtype : torch.dtype
+        Of the encoder's product, the one dense one; weights, codes and everything else stay float32.
+    accumulate : int
+        Parts that each batch is taken in, to save memory; the largest codes are then chosen within each part.
+    checkpoints : folder, optional
+        Where the whole state is kept every `save_every` updates, in a file whose name tells these settings. If it is there,
+        training goes on from it and ends with the weights it would have had without stopping, bit for bit on a CPU; a
+        finished one is only loaded.
+    record : dict, optional
+        What else a checkpoint must agree in, such as the data's fingerprint.
+    accelerator : accelerate.Accelerator, optional
+        Data parallel: each process gives its part of every batch, and the largest codes are chosen among all of them.
 
     Raises
     ------
     ValueError
         k above n_latents.
     FloatingPointError
-        A loss that is not finite, naming the step.
+        NaN or infinity in a batch or in the loss, naming the update; the last checkpoint stays as it was.
     """
-    sae = SAE(d_in, n_latents, k, seed)
-    batches = iter(batches)
-    y = next(batches).to(device)
-    sae.b_dec.data = y.mean(0).to("cpu")
-    sae = sae.to(device)
-    optimiser = torch.optim.Adam(sae.parameters(), lr=learning_rate, betas=(0.9, 0.999))
-    since_fired = torch.zeros(n_latents, device=device)
-    history, start = History(), time.perf_counter()
-    bar = tqdm(range(n_steps), desc=label, mininterval=1)
+    device = accelerator.device if accelerator else "cpu" if str(device).startswith("mps") else device  # MPS has no sparse products
+    settings = (record or {}) | {
+        "d_in": d_in, "n_latents": n_latents, "k": k, "n_steps": n_steps, "learning_rate": learning_rate, "aux_coefficient": aux_coefficient,
+        "dead_after": dead_after, "seed": seed, "dtype": str(dtype).removeprefix("torch."), "accumulate": accumulate,
+    }  # fmt: skip
+    sae = SAE(d_in, n_latents, k, seed).to(device)
+    parameters = (sae.W_enc, sae.W_dec, sae.b_enc, sae.b_dec)
+    for p in parameters:
+        p.grad = torch.zeros_like(p)
+    fused = torch.device(device).type in ("cpu", "cuda")
+    optimiser = torch.optim.Adam(parameters, lr=learning_rate, betas=(0.9, 0.999), fused=fused)
+    since_fired, done, history = torch.zeros(n_latents, device=device), 0, History()
+    checkpoint = None
+    if checkpoints is not None:
+        told = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+        checkpoint = Path(checkpoints) / f"{label.replace(' ', '_')}-{told}.safetensors"
+        if checkpoint.exists():
+            done, history = _resume(checkpoint, sae, optimiser, since_fired)
+    main = accelerator is None or accelerator.is_main_process
+    start = time.perf_counter() - history.seconds
+    stream = None if done == n_steps else _from(batches, done)
+    bar = tqdm(range(done, n_steps), initial=done, total=n_steps, desc=label, mininterval=1, disable=not main or done == n_steps)
     for step in bar:
+        y = next(stream).to(device)
+        if step == 0:
+            sae.b_dec.data = _sum(accelerator, y.sum(0)) / _sum(accelerator, torch.tensor(float(len(y)), device=device))
         rate = min(1.0, (step + 1) / (0.05 * n_steps + 1), max(0.01, (n_steps - step) / (0.2 * n_steps)))
         for group in optimiser.param_groups:
             group["lr"] = learning_rate * rate
-        pre = sae.preactivations(y)
-        kept = sae.kept(pre.detach())
-        error = y - sae.decode_kept(pre, kept)
-        spread = (y - y.mean(0)).pow(2).sum()
-        fvu = error.pow(2).sum() / spread
-        loss = fvu
-        with torch.no_grad():
-            codes = pre.detach().flatten()[kept]
-            since_fired += len(y)
-            since_fired[kept[codes > 0] % n_latents] = 0
-            smallest = codes[codes > 0].min() if (codes > 0).any() else sae.threshold
-            sae.threshold.lerp_(smallest, 1.0 if step == 0 else 0.02)
-            dead = (since_fired >= dead_after).nonzero().flatten()
-        if len(dead):
-            pre_dead = pre[:, dead]
-            kept = torch.topk(pre_dead, min(len(dead), max(1, d_in // 2)), dim=1)
-            z_dead = torch.zeros_like(pre_dead).scatter(1, kept.indices, kept.values)
-            left = error.detach()
-            loss = loss + aux_coefficient * ((left - z_dead @ sae.W_dec[dead]).pow(2).sum() / left.pow(2).sum()).nan_to_num()
-        if not torch.isfinite(loss):
-            raise FloatingPointError(f"{label}: the loss is {loss.item()} at step {step}; lower learning_rate (now {learning_rate})")
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        with torch.no_grad():  # no gradient along a row: its norm is fixed
-            grad = sae.W_dec.grad
-            grad -= (grad * sae.W_dec).sum(1, keepdim=True) * sae.W_dec
-        torch.nn.utils.clip_grad_norm_(sae.parameters(), 1.0)
-        optimiser.step()
-        with torch.no_grad():
-            sae.W_dec /= sae.W_dec.norm(dim=1, keepdim=True)
+        dead = (since_fired >= dead_after).nonzero().flatten()
+        chunks = y.chunk(accumulate)
+        parts = [_backward(sae, part, dead, aux_coefficient, 1 / len(chunks), i > 0, dtype, accelerator) for i, part in enumerate(chunks)]
+        fvu = sum(p.fvu for p in parts) / len(parts)
+        if not torch.isfinite(fvu):
+            where = "the batch holds NaN or infinity; look at the recorded activations" if not torch.isfinite(y).all() else f"the loss is {fvu.item()}; lower learning_rate (now {learning_rate})"
+            raise FloatingPointError(f"{label}, update {step}: {where}" + (f". The last checkpoint, {checkpoint}, is kept" if checkpoint and checkpoint.exists() else ""))  # fmt: skip
+        _update(sae, optimiser, sum(p.along for p in parts), accelerator)
+        since_fired += _sum(accelerator, torch.tensor(float(len(y)), device=device))
+        since_fired[_sum(accelerator, sum(p.fired for p in parts)) > 0] = 0
+        for part in parts:
+            sae.threshold.lerp_(part.smallest, 1.0 if step == 0 else 0.02)
         if step % log_every == 0 or step == n_steps - 1:
             history.step.append(step)
             history.fvu.append(fvu.item())
-            history.l0.append((pre > sae.threshold).sum().item() / len(y))
+            history.l0.append(sum((p.pre > sae.threshold).sum() for p in parts).item() / len(y))
             history.alive.append(1 - len(dead) / n_latents)
             bar.set_postfix(fvu=f"{fvu.item():.3f}", alive=f"{history.alive[-1]:.2f}")
-        if step + 1 < n_steps:
-            y = next(batches).to(device)
-    history.seconds = time.perf_counter() - start
+        if checkpoint is not None and main and ((step + 1) % save_every == 0 or step + 1 == n_steps):
+            history.seconds = time.perf_counter() - start
+            _save(checkpoint, settings, sae, optimiser, since_fired, step + 1, history)
+    history.seconds = time.perf_counter() - start if done < n_steps else history.seconds
+    sae.zero_grad()  # frees the gradients
     return sae.cpu().eval(), history
+
+
+def _from(batches, start: int):
+    """Batches from the one numbered `start` on."""
+    if callable(batches):
+        return iter(batches(start))
+    batches = iter(batches)
+    for _ in range(start):
+        next(batches)
+    return batches
+
+
+def _sum(accelerator, value: torch.Tensor) -> torch.Tensor:
+    return value if accelerator is None else accelerator.reduce(value, "sum")
+
+
+@dataclass
+class _Part:
+    """What one part of a batch gave, beside gradients."""
+
+    fvu: torch.Tensor
+    along: torch.Tensor  # (n_latents,): the decoder's gradient along its own rows
+    fired: torch.Tensor  # (n_latents,): how often each latent was kept
+    smallest: torch.Tensor  # the smallest kept code
+    pre: torch.Tensor  # (n, n_latents): preactivations before ReLU
+
+
+@torch.no_grad()
+def _backward(sae: SAE, y, dead, aux_coefficient, weight, add: bool, dtype, accelerator) -> _Part:
+    """Gradients of weight · (FVU + auxiliary loss) on one batch, put into (or added to) the parameters' `.grad`.
+
+    With Z the sparse matrix of kept codes, e = y - b_dec - Z W_dec and G = dFVU/dy_hat = -2 e / Σ (y - mean)², the gradients are
+    dZ = G W_decᵀ at the kept places, dW_dec = Zᵀ G, dW_encᵀ = dZᵀ (y - b_dec), db_enc = Σ dZ, db_dec = Σ G - W_enc db_enc.
+    """
+    n, m = len(y), sae.n_latents
+    rows_enc = sae.W_enc.T  # (n_latents, d_in), contiguous
+    centred = y - sae.b_dec
+    if dtype == torch.float32:
+        pre = torch.addmm(sae.b_enc, centred, sae.W_enc)
+    else:
+        pre = (centred.to(dtype) @ sae.W_enc.to(dtype)).float() + sae.b_enc
+    n_all = int(_sum(accelerator, torch.tensor(n, device=y.device)))
+    places, codes, cut = _largest(pre.flatten(), sae.k * n_all, accelerator)
+    row = places // m
+    latent = places - row * m
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse")  # CSR is called beta, and unchecked
+        Z = torch.sparse_csr_tensor(torch.searchsorted(row, torch.arange(n + 1, device=y.device)), latent, codes, (n, m))
+        error = torch.addmm(centred, Z, sae.W_dec, alpha=-1)
+        spread = _sum(accelerator, (y - _sum(accelerator, y.sum(0)) / n_all).pow(2).sum())
+        left = _sum(accelerator, error.pow(2).sum())
+        G = error * (-2 * weight / spread)
+        d_codes = torch.sparse.sampled_addmm(Z, G, sae.W_dec.T, beta=0).values()
+        order = torch.sort(latent, stable=True).indices  # the same matrices, latent by latent
+        starts = torch.searchsorted(latent[order], torch.arange(m + 1, device=y.device))
+        for grad, values, other in ((sae.W_dec.grad, codes, G), (sae.W_enc.grad.T, d_codes, centred)):
+            torch.addmm(grad, torch.sparse_csr_tensor(starts, row[order], values[order], (m, n)), other, beta=float(add), out=grad)
+    zeros = torch.zeros(m, device=y.device)
+    d_b_enc, along = zeros.index_add(0, latent, d_codes), zeros.index_add(0, latent, codes * d_codes)
+    if len(dead) and left > 0:
+        z = torch.relu(pre[:, dead])
+        top = torch.topk(z, min(len(dead), max(1, sae.d_in // 2)), dim=1)
+        z = torch.zeros_like(z).scatter(1, top.indices, top.values)
+        G_dead = (z @ sae.W_dec[dead] - error) * (2 * weight * aux_coefficient / left)
+        d_z = (G_dead @ sae.W_dec[dead].T) * (z > 0)
+        d_W_dec = z.T @ G_dead
+        sae.W_dec.grad[dead] += d_W_dec
+        sae.W_enc.grad.T[dead] += d_z.T @ centred
+        d_b_enc[dead] += d_z.sum(0)
+        along[dead] += torch.linalg.vecdot(d_W_dec, sae.W_dec[dead])
+    d_b_dec = G.sum(0) - d_b_enc @ rows_enc
+    for p, grad in ((sae.b_enc, d_b_enc), (sae.b_dec, d_b_dec)):
+        p.grad = p.grad + grad if add else grad
+    fired = zeros.index_add(0, latent, torch.ones_like(codes))
+    return _Part(left / spread, along, fired, torch.where(cut > 0, cut, sae.threshold), pre)
+
+
+def _largest(flat: torch.Tensor, n: int, accelerator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Places, ascending, and values of the positive ones among the n largest entries over all processes, and the n-th largest."""
+    among = flat[:0].long()
+    if flat.numel() > 100_000:  # a sample tells where the cut lies, so that few entries need sorting
+        sample = flat[:: flat.numel() // 20_000 | 1]  # an odd stride, to meet every latent
+        low = torch.topk(sample, min(len(sample), 1 + 2 * n * len(sample) // flat.numel())).values[-1]
+        above = flat > low
+        among = torch.from_numpy(np.flatnonzero(above.numpy())) if flat.device.type == "cpu" else above.nonzero().flatten()  # three times as fast
+    if len(among) < n:  # a small batch, or a sample that misled
+        among = torch.arange(flat.numel(), device=flat.device)
+    values = flat[among]
+    top = torch.topk(values, min(n, len(values)), sorted=False).values
+    if accelerator is not None and accelerator.num_processes > 1:
+        top = torch.nn.functional.pad(top, (0, n - len(top)), value=float("-inf"))
+        top = torch.topk(accelerator.gather(top), n, sorted=False).values
+    cut = top.min()
+    kept = (values >= cut) & (values > 0)
+    return among[kept], values[kept], cut
+
+
+@torch.no_grad()
+def _update(sae: SAE, optimiser, along, accelerator) -> None:
+    """One step of Adam; decoder rows stay of unit norm, so the gradient along them is taken off first."""
+    for p in (sae.W_enc, sae.W_dec, sae.b_enc, sae.b_dec):
+        p.grad = p.grad if accelerator is None else _sum(accelerator, p.grad.T.contiguous()).T if p is sae.W_enc else _sum(accelerator, p.grad)
+    sae.W_dec.grad.addcmul_(sae.W_dec, _sum(accelerator, along)[:, None], value=-1)
+    optimiser.step()
+    sae.W_dec /= torch.linalg.vector_norm(sae.W_dec, dim=1, keepdim=True)
+
+
+def _save(path, settings, sae, optimiser, since_fired, done: int, history: History) -> None:
+    """The whole state of a training, or only the result if it is finished."""
+    tensors = dict(sae.state_dict())
+    if done < settings["n_steps"]:
+        tensors |= {f"adam.{i}.{name}": v for i, p in enumerate(optimiser.param_groups[0]["params"]) for name, v in optimiser.state[p].items()}
+        tensors["since_fired"] = since_fired
+    save_tensors(path, tensors, {"settings": settings, "done": done, "history": asdict(history)})
+
+
+def _resume(path, sae, optimiser, since_fired) -> tuple[int, History]:
+    """Put a saved state back; returns the updates done and the history."""
+    tensors, saved = load_tensors(path)
+    sae.load_state_dict({name: tensors[name] for name in sae.state_dict()})
+    if saved["done"] < saved["settings"]["n_steps"]:
+        since_fired.copy_(tensors["since_fired"])
+        for i, p in enumerate(optimiser.param_groups[0]["params"]):
+            state = {name.split(".")[-1]: v for name, v in tensors.items() if name.startswith(f"adam.{i}.")}
+            optimiser.state[p] = {name: v.to(p.device) if v.ndim == 0 else torch.empty_like(p).copy_(v) for name, v in state.items()}
+    return saved["done"], History(**saved["history"])

@@ -13,11 +13,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from helpers.hooks import Call
+from helpers.hooks import BRANCHES, denoiser_of, listen
 from helpers.predictors import Predictors
 from helpers.trajectories import generate
-
-BRANCHES = ("conditional", "unconditional", "both")
 
 
 def unit(u: torch.Tensor) -> torch.Tensor:
@@ -39,11 +37,6 @@ def only_new(u: torch.Tensor, predictors: Predictors) -> torch.Tensor:
     new = u.clone()
     new[1:] -= torch.einsum("sd,sde->se", u[:-1], predictors.A[1:].to(u))
     return new
-
-
-def class_difference(x_true: torch.Tensor, x_false: torch.Tensor) -> torch.Tensor:
-    """Difference of class means, (S, d), of standardised trajectories (n, S, d): the dense baseline."""
-    return x_true.mean(0) - x_false.mean(0)
 
 
 def _at_every_step(values: torch.Tensor, steps, n: int) -> torch.Tensor:
@@ -71,18 +64,23 @@ def check_window(window, num_inference_steps: int) -> tuple[int, int]:
     return first, last
 
 
-def _apply(delta: torch.Tensor, call: Call, tokens: torch.Tensor, branch: str) -> torch.Tensor:
-    """tokens + delta on the chosen branch's rows; delta is (1 or image, 1 or token, channel)."""
-    rows = list(tokens.chunk(call.branches))
-    for i in range(len(rows)):
-        name = "conditional" if i == len(rows) - 1 else "unconditional"
-        if branch in (name, "both"):
-            rows[i] = rows[i] + delta.to(rows[i])
-    return torch.cat(rows)
+def _edit(pipe, prompts, seeds, hookpoint, signal, branch, edit, sampling) -> np.ndarray:
+    """Generate while `edit(rows, call)` changes the rows of one branch, or of both; None from it leaves them."""
+    wanted = BRANCHES if branch == "both" else (branch,)
+
+    def on_call(tokens, call):
+        rows = list(tokens.chunk(len(call.branches)))
+        edited = [edit(r, call) if name in wanted else None for name, r in zip(call.branches, rows)]
+        if all(e is None for e in edited):
+            return None
+        return torch.cat([r if e is None else e.to(r) for r, e in zip(rows, edited)])
+
+    with listen(denoiser_of(pipe), pipe.scheduler, hookpoint, on_call, n_images=len(prompts), signal=signal):
+        return generate(pipe, prompts, seeds, **sampling)
 
 
 def steer(
-    pipe, prompts, seeds, hookpoint: str, delta: torch.Tensor, *, window=None, mask=None, branch: str = "conditional", **sampling
+    pipe, prompts, seeds, hookpoint: str, delta: torch.Tensor, *, window=None, mask=None, branch: str = "conditional", signal: str = "output", **sampling
 ) -> np.ndarray:  # fmt: skip
     """Generate images while adding `delta` at the hookpoint.
 
@@ -95,30 +93,31 @@ def steer(
     mask : Float[Tensor, "token"] or Float[Tensor, "image token"], optional
         Weight per token, 0 to 1.
     branch : 'conditional', 'unconditional' or 'both' of classifier-free guidance
+    signal : 'output', 'input' or 'update', as it was recorded
 
     Returns
     -------
     images : float32, (n, height, width, 3), in [0, 1]
     """
     n = sampling["num_inference_steps"]
-    if branch not in BRANCHES:
-        raise ValueError(f"branch {branch!r} is not one of {', '.join(BRANCHES)}")
+    if branch not in (*BRANCHES, "both"):
+        raise ValueError(f"branch {branch!r} is not one of {', '.join(BRANCHES)}, both")
     if len(delta) != n:
         raise ValueError(f"delta has {len(delta)} steps; num_inference_steps={n} needs as many")
     first, last = check_window(window or (0, n - 1), n)
 
-    def on_call(tokens, call):
+    def add(rows, call):
         if not first <= call.step <= last or not delta[call.step].any():
             return None
         d = delta[call.step]
         d = d[None, None] if d.ndim == 1 else d
         if mask is not None:
-            if mask.shape[-1] != tokens.shape[1]:
-                raise ValueError(f"mask covers {mask.shape[-1]} tokens; {hookpoint!r} has {tokens.shape[1]}")
-            d = d * mask.reshape(-1, tokens.shape[1], 1).to(d)
-        return _apply(d, call, tokens, branch)
+            if mask.shape[-1] != rows.shape[1]:
+                raise ValueError(f"mask covers {mask.shape[-1]} tokens; {hookpoint!r} has {rows.shape[1]}")
+            d = d * mask.reshape(-1, rows.shape[1], 1).to(d)
+        return rows + d.to(rows)
 
-    return generate(pipe, prompts, seeds, hookpoint=hookpoint, on_call=on_call, **sampling)
+    return _edit(pipe, prompts, seeds, hookpoint, signal, branch, add, sampling)
 
 
 def scaling(codes: torch.Tensor, u, predictors: Predictors, steps, num_inference_steps: int, factor: float) -> torch.Tensor:
@@ -142,9 +141,9 @@ def scaling(codes: torch.Tensor, u, predictors: Predictors, steps, num_inference
 
 
 def replace(
-    pipe, prompts, seeds, hookpoint: str, replacement: torch.Tensor, steps, *, between: bool = False, **sampling
+    pipe, prompts, seeds, hookpoint: str, replacement: torch.Tensor, steps, *, between: bool = False, branch: str = "conditional", signal: str = "output", **sampling
 ) -> np.ndarray:  # fmt: skip
-    """Generate images with the conditional activations replaced by given ones.
+    """Generate images with one branch's activations replaced by given ones.
 
     Parameters
     ----------
@@ -153,14 +152,10 @@ def replace(
     between : bool
         Whether to replace at every denoising step, by linear interpolation between kept ones, or at the kept ones alone.
     """
-    n = sampling["num_inference_steps"]
-    every = _at_every_step(replacement.transpose(0, 1), steps, n)  # (step, image, token, channel)
+    at_kept = dict(zip(steps, replacement.transpose(0, 1)))  # step -> (image, token, channel)
+    every = _at_every_step(replacement.transpose(0, 1), steps, sampling["num_inference_steps"]) if between else at_kept
 
-    def on_call(tokens, call):
-        if not between and call.step not in steps:
-            return None
-        rows = list(tokens.chunk(call.branches))
-        rows[-1] = every[call.step].to(rows[-1])
-        return torch.cat(rows)
+    def put(rows, call):
+        return every[call.step] if between or call.step in at_kept else None
 
-    return generate(pipe, prompts, seeds, hookpoint=hookpoint, on_call=on_call, **sampling)
+    return _edit(pipe, prompts, seeds, hookpoint, signal, branch, put, sampling)

@@ -1,28 +1,20 @@
-"""Recording trajectories: generate images, keep one layer's activations at some steps, store them whole.
+"""Recording trajectories: generate images, and keep what layers say at some of the denoising steps.
 
-One trajectory is what the layer says about one token over the kept denoising steps, raw and unscaled:
-standardising is a later choice. The store is a folder of safetensors shards and one
-`manifest.json`, which is written last: a folder without it is unfinished, and collecting goes
-on where it stopped, because an image depends on its own seed alone.
+One trajectory is what a layer says about one token over the kept denoising steps, raw and unscaled: standardising is a
+later choice. A `Recorder` works under any sampling loop, `record` under a diffusers pipeline, `stores.collect` for many prompts.
 """
 
 from __future__ import annotations
 
 import functools
-import shutil
-import time
+import inspect
 from contextlib import ExitStack
-from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
-from tqdm.auto import tqdm
 
-from helpers.files import digest, load_json, load_tensors, save_json, save_tensors
-from helpers.hooks import conditional, denoiser_of, find, listen, steps_of
-
-SPLITS = ("train", "validation", "test")
+from helpers.hooks import BRANCHES, denoiser_of, listen, numbered, rows_of, steps_of, usual
 
 
 def kept_steps(steps, num_inference_steps: int, n_keep: int) -> list[int]:
@@ -39,31 +31,135 @@ def kept_steps(steps, num_inference_steps: int, n_keep: int) -> list[int]:
     return chosen
 
 
-def generate(pipe, prompts, seeds, *, num_inference_steps, guidance_scale, hookpoint=None, on_call=None, height=None, width=None):  # fmt: skip
-    """Images of one batch of prompts, each from its own seed: float32, (n, height, width, 3), in [0, 1].
+# --- generating and recording -------------------------------------------------------------------
 
-    With a hookpoint, `on_call` listens or edits there (see `hooks.listen`). Noise is drawn on the CPU, so an
-    image does not depend on the device or on the batch it is made in, beyond rounding.
+
+def generate(pipe, prompts, seeds, **sampling) -> np.ndarray:
+    """Images of one batch of prompts, each from its own seed: float32, (n, height, width, channel), in [0, 1].
+
+    Noise is drawn on the CPU, so an image does not depend on the device or on the batch it is made in, beyond rounding.
+
+    Parameters
+    ----------
+    prompts : list of str
+        Texts; names or numbers of classes for a class-conditional pipeline; not looked at by an unconditional one.
+    sampling
+        Arguments of the pipeline's call: num_inference_steps, guidance_scale, height, width (0 is the model's own), and any other
+        that it takes, such as negative_prompt. ValueError names one that it does not take.
     """
+    taken = inspect.signature(pipe.__call__).parameters
+    options = {name: value for name, value in sampling.items() if name not in ("height", "width") or value}
+    if "guidance_scale" not in taken:  # an unconditional pipeline has nothing to guide
+        options.pop("guidance_scale", None)
+    for name in options:
+        if name not in taken:
+            raise ValueError(f"sampling: {type(pipe).__name__} does not take {name}; valid are {', '.join(n for n in taken if n not in ('self', 'args', 'kwargs'))}")
+    n = len(prompts)
+    if "prompt" in taken:
+        options["prompt"] = list(prompts)
+        if isinstance(options.get("negative_prompt"), str):
+            options["negative_prompt"] = [options["negative_prompt"]] * n
+    elif "class_labels" in taken:
+        options["class_labels"] = [int(p) if str(p).isdigit() else pipe.get_label_ids([p])[0] for p in prompts]
+    else:
+        options["batch_size"] = n
     generators = [torch.Generator().manual_seed(int(s)) for s in seeds]
     pipe.set_progress_bar_config(disable=True)
-    size = {k: v for k, v in (("height", height), ("width", width)) if v}
-
-    def run():
-        return pipe(
-            list(prompts), num_inference_steps=num_inference_steps, guidance_scale=guidance_scale,
-            generator=generators, output_type="np", **size,
-        ).images  # fmt: skip
-
     with torch.no_grad():
-        if hookpoint is None:
-            return run()
-        with listen(denoiser_of(pipe), pipe.scheduler, hookpoint, len(prompts), on_call):
-            return run()
+        return np.asarray(pipe(**options, generator=generators, output_type="np").images)
 
 
-def record(pipe, prompts, seeds, *, hookpoint, steps, **sampling) -> tuple[np.ndarray, torch.Tensor, dict]:
-    """Generate one batch and keep the conditional branch's activations at the kept steps.
+class Tap(NamedTuple):
+    """What to record: a module of the denoiser, its signal, and the branch of classifier-free guidance."""
+
+    hookpoint: str
+    signal: str = "output"
+    branch: str = "conditional"
+
+
+class Recorder:
+    """While its context lasts, keeps one tap's activations at some steps; works under any sampling loop.
+
+    Parameters
+    ----------
+    scheduler : a diffusers scheduler, or the loop's timesteps, noisiest first
+    steps : list of int
+        Which of the timesteps to keep.
+    n_images : int, optional
+        Images in the batch; None: as many as the denoiser is given rows.
+    tokens : Int[Tensor, "image kept"], optional
+        Which tokens of each image to keep; None for all.
+    """
+
+    def __init__(self, denoiser, scheduler, hookpoint, steps, *, n_images=None, signal="output", branch="conditional", tokens=None):
+        if branch not in BRANCHES:
+            raise ValueError(f"branch {branch!r} is not one of {', '.join(BRANCHES)}")
+        self.scheduler, self.steps, self.branch, self.tokens = scheduler, list(steps), branch, tokens
+        self.kept: dict[int, torch.Tensor] = {}
+        self.grid: tuple[int, int] | None = None
+        self.seen: set[str] = set()
+        self._listening = listen(denoiser, scheduler, hookpoint, self._keep, n_images=n_images, signal=signal)
+
+    def __enter__(self):
+        self._listening.__enter__()
+        return self
+
+    def __exit__(self, *error):
+        return self._listening.__exit__(*error)
+
+    def _keep(self, activation, call):
+        self.seen.update(call.branches)
+        rows = rows_of(activation, call, self.branch)
+        if rows is None or call.step not in self.steps:
+            return
+        self.grid = call.grid
+        if self.tokens is not None:
+            rows = rows.gather(1, self.tokens.to(rows.device)[..., None].expand(-1, -1, rows.shape[-1]))
+        # a second look at the step takes the place of the first: it sees the latents that the solver accepted
+        self.kept[call.step] = _to_host(rows)
+
+    def trajectories(self) -> torch.Tensor:
+        """Float[Tensor, "image step token channel"]: raw, on the CPU, in the model's dtype.
+
+        Raises ValueError, naming them, if kept steps or the branch were never run.
+        """
+        if self.branch not in self.seen and self.seen:
+            raise ValueError(f"branch {self.branch!r} is not run by this pipeline with these settings; valid is {' or '.join(sorted(self.seen))}")
+        n = len(steps_of(self.scheduler))
+        missing = [s for s in self.steps if s not in self.kept]
+        if missing:
+            raise ValueError(f"steps {missing} were never run; the scheduler has steps 0 to {n - 1}")
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # the copies to the host run beside the computation until here
+        return torch.stack([self.kept[s] for s in self.steps], dim=1)
+
+
+def _to_host(t: torch.Tensor) -> torch.Tensor:
+    """A copy on the CPU; from CUDA through pinned memory, without waiting for it."""
+    if t.device.type == "cuda":
+        return torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t.detach(), non_blocking=True)
+    return t.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+
+
+def times_of(scheduler, steps) -> dict:
+    """`timesteps` of the kept steps and, where the scheduler knows them, `sigmas`, its noise levels."""
+    listed, step = numbered(scheduler)
+    n = int(step.max()) + 1
+    if missing := [s for s in steps if not 0 <= s < n]:
+        raise ValueError(f"steps {missing} do not exist; the scheduler has steps 0 to {n - 1}")
+    places = [int((step == s).nonzero()[-1]) for s in steps]
+    times = {"timesteps": listed[places].double().tolist()}
+    sigmas, alphas = getattr(scheduler, "sigmas", None), getattr(scheduler, "alphas_cumprod", None)
+    if sigmas is not None and len(sigmas) >= len(listed):
+        times["sigmas"] = [float(sigmas[i]) for i in places]
+    elif alphas is not None:  # of the variance-exploding form, sqrt((1 - alpha_bar) / alpha_bar)
+        at = alphas.double().cpu()[[int(t) for t in times["timesteps"]]]
+        times["sigmas"] = ((1 - at) / at).sqrt().tolist()
+    return times
+
+
+def record(pipe, prompts, seeds, *, hookpoint, steps, signal="output", branch="conditional", **sampling) -> tuple[np.ndarray, torch.Tensor, dict]:  # fmt: skip
+    """Generate one batch and keep one tap's activations at the kept steps.
 
     Returns
     -------
@@ -73,227 +169,62 @@ def record(pipe, prompts, seeds, *, hookpoint, steps, **sampling) -> tuple[np.nd
     where : dict
         `grid` (token rows, columns), `timesteps` and `sigmas` of the kept steps.
     """
-    kept: dict[int, torch.Tensor] = {}
-    where: dict = {}
-
-    def on_call(tokens, call):
-        where["grid"] = list(call.grid)
-        if call.step in steps:  # a second call within the step takes the place of the first: it sees the accepted latents
-            kept[call.step] = conditional(tokens, call).to("cpu")
-
-    images = generate(pipe, prompts, seeds, hookpoint=hookpoint, on_call=on_call, **sampling)
-    missing = [s for s in steps if s not in kept]
-    if missing:
-        raise ValueError(f"steps {missing} were never run by {type(pipe.scheduler).__name__} with num_inference_steps={sampling['num_inference_steps']}; valid are 0 to {len(steps_of(pipe.scheduler)) - 1}")  # fmt: skip
-    timesteps = steps_of(pipe.scheduler).double().cpu()
-    where["timesteps"] = [float(timesteps[s]) for s in steps]
-    alphas = getattr(pipe.scheduler, "alphas_cumprod", None)
-    if alphas is not None:  # noise level of the variance-exploding form, sqrt((1 - alpha_bar) / alpha_bar)
-        at = alphas.double().cpu()[[int(t) for t in where["timesteps"]]]
-        where["sigmas"] = ((1 - at) / at).sqrt().tolist()
-    return images, torch.stack([kept[s] for s in steps], dim=1), where
+    images, (h,), (where,) = record_all(pipe, prompts, seeds, [Tap(hookpoint, signal, branch)], steps, **sampling)
+    return images, h, where
 
 
-def shapes(pipe, names, prompt: str, **sampling) -> dict[str, tuple[int, int, int]]:
-    """Token rows, token columns and channels at hookpoints, from one denoising step of one image.
+def record_all(pipe, prompts, seeds, taps, steps, tokens=None, **sampling):
+    """`record` for several taps in one pass: images, a list of activations, a list of `where`.
 
-    A module that the denoiser does not call, or that has no grid of tokens, is left out.
+    Parameters
+    ----------
+    taps : list of Tap
+    tokens : list of (Int[Tensor, "image kept"] or None), optional
+        For each tap, the tokens to keep of each image.
     """
-    seen: dict[str, tuple[int, int, int]] = {}
+    with ExitStack() as stack:
+        recorders = [
+            stack.enter_context(Recorder(denoiser_of(pipe), pipe.scheduler, t.hookpoint, steps, n_images=len(prompts), signal=t.signal, branch=t.branch, tokens=kept))
+            for t, kept in zip(taps, tokens or [None] * len(taps))
+        ]  # fmt: skip
+        images = generate(pipe, prompts, seeds, **sampling)
+    where = times_of(pipe.scheduler, steps)
+    return images, [r.trajectories() for r in recorders], [where | {"grid": list(r.grid)} for r in recorders]
+
+
+class _Enough(Exception):
+    """Raised to leave a pipeline after its first denoising step."""
+
+
+def shapes(pipe, taps, prompt: str, **sampling) -> dict[Tap, tuple[int, int, int]]:
+    """Token rows, token columns and channels of taps, from the first call of the denoiser for one image, in the order of the network.
+
+    Taps may be `Tap`s or names of modules. One that the denoiser does not call, or that has no grid of tokens, is left out.
+    """
+    seen: dict = {}
     denoiser = denoiser_of(pipe)
     with ExitStack() as stack:
-        for name in names:
-            note = functools.partial(lambda name, t, c: seen.setdefault(name, (*c.grid, t.shape[-1])) and None, name)
-            stack.enter_context(listen(denoiser, pipe.scheduler, name, 1, note, skip_unfit=True))
-        generate(pipe, [prompt], [0], **sampling | {"num_inference_steps": 1})
+        for tap in taps:
+            name, signal = (tap.hookpoint, tap.signal) if isinstance(tap, Tap) else (tap, "output")
+            note = functools.partial(lambda tap, t, c: seen.setdefault(tap, (*c.grid, t.shape[-1])) and None, tap)
+            stack.enter_context(listen(denoiser, pipe.scheduler, name, note, signal=signal, skip_unfit=True))
+
+        def leave(*_):
+            raise _Enough
+
+        stack.callback(denoiser.register_forward_hook(leave).remove)
+        try:
+            generate(pipe, [prompt], [0], **sampling)
+        except _Enough:
+            pass
     return seen
 
 
 def hookpoints(pipe, prompt: str, **sampling) -> dict[str, tuple[int, int, int]]:
     """Where one would usually listen, in the order of the network: name -> token rows, columns, channels."""
-    names = [n for n, _ in denoiser_of(pipe).named_modules()]
-    blocks = ("attentions", "resnets", "transformer_blocks", "single_transformer_blocks")
-    usual = [n for n in names if n.count(".") <= 3 and n.split(".")[-1].isdigit() and n.split(".")[-2] in blocks]
-    return shapes(pipe, usual, prompt, **sampling)
-
-
-def _shard(folder: Path, i: int) -> Path:
-    return folder / f"shard-{i:05d}.safetensors"
-
-
-def collect(folder, pipe, prompts, seeds, split_of, *, hookpoint, steps, batch_size, store_dtype=torch.float16, record_of=None, **sampling):  # fmt: skip
-    """Record every prompt into `folder`, one shard a batch, with a progress bar; resumes, and skips what is whole.
-
-    Parameters
-    ----------
-    prompts, seeds, split_of : lists of equal length
-        Each image's prompt, seed, and 'train', 'validation' or 'test'.
-    record_of : dict
-        Whatever else identifies the collection (model name and so on). A folder begun with other values is
-        refused with a ValueError that names what differs; nothing in it is touched.
-
-    Returns the manifest; `manifest["new_images"]` and `["new_seconds"]` tell what this call did.
-    """
-    if not prompts:
-        raise ValueError("prompts is empty; at least one prompt is needed")
-    if not len(prompts) == len(seeds) == len(split_of) or not set(split_of) <= set(SPLITS):
-        raise ValueError(f"prompts, seeds and split_of have {len(prompts)}, {len(seeds)} and {len(split_of)} entries; they need as many, and splits are {', '.join(SPLITS)}")
-    folder = Path(folder)
-    find(denoiser_of(pipe), hookpoint)
-    described = (record_of or {}) | {
-        "hookpoint": hookpoint, "steps": list(steps), "prompts": list(prompts), "seeds": [int(s) for s in seeds],
-        "split": list(split_of), "batch_size": batch_size, "dtype": str(store_dtype).removeprefix("torch."),
-        "scheduler": type(pipe.scheduler).__name__, "height": 0, "width": 0, **sampling,
-    }  # fmt: skip
-    refuse_others(folder, described)
-    found = shapes(pipe, [hookpoint], prompts[0], **sampling)
-    if not found:
-        raise ValueError(f"hookpoint {hookpoint!r} is never called; valid are like {', '.join(hookpoints(pipe, prompts[0], **sampling))}")
-    rows, columns, channels = found[hookpoint]
-    described |= {"grid": [rows, columns], "channels": channels}
-    known = load_json(folder / "manifest.json")["shards"] if (folder / "manifest.json").exists() else {}
-    todo = [i for i in range(0, len(prompts), batch_size) if not _intact(_shard(folder, i // batch_size), known)]
-    images_todo = sum(len(prompts[i : i + batch_size]) for i in todo)
-    need = images_todo * bytes_per_image(len(steps), rows * columns, channels, store_dtype)
-    folder.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder).free
-    if need > free:
-        raise OSError(f"n_prompts: {images_todo} images need {need / 1e9:.2f} GB in {folder}, which has {free / 1e9:.2f} GB free; choose fewer prompts or steps, or another folder")  # fmt: skip
-    start, where = time.perf_counter(), {}
-    with tqdm(total=len(prompts), initial=len(prompts) - images_todo, desc="collecting", unit="image") as bar:
-        for i in todo:
-            batch = slice(i, i + batch_size)
-            images, h, where = record(pipe, prompts[batch], seeds[batch], hookpoint=hookpoint, steps=steps, **sampling)
-            if not torch.isfinite(h.to(store_dtype)).all():
-                raise ValueError(f"store_dtype {store_dtype} cannot hold the activations of {hookpoint!r} (largest {h.abs().max():.3g}); valid are bfloat16 and float32")  # fmt: skip
-            if not (folder / "begun.json").exists():
-                save_json(folder / "begun.json", described)
-            tensors = {"h": h.to(store_dtype), "images": torch.from_numpy((images * 255).round().astype(np.uint8))}
-            save_tensors(_shard(folder, i // batch_size), tensors, where)
-            bar.update(len(images))
-    seconds = time.perf_counter() - start
-    shards = [_shard(folder, i) for i in range(-(-len(prompts) // batch_size))]
-    manifest = described | load_tensors(shards[0])[1]
-    manifest["shards"] = {s.name: digest(s) for s in shards}
-    save_json(folder / "manifest.json", manifest)
-    return manifest | {"new_images": images_todo, "new_seconds": seconds}
+    return shapes(pipe, usual(denoiser_of(pipe)), prompt, **sampling)
 
 
 def bytes_per_image(n_steps: int, tokens: int, channels: int, dtype: torch.dtype) -> int:
     """What one image's trajectories take on disk."""
     return n_steps * tokens * channels * dtype.itemsize
-
-
-def refuse_others(folder, described: dict) -> None:
-    """Raise ValueError, naming what differs, if `folder` was begun with other values than `described`."""
-    for name in ("begun.json", "manifest.json"):
-        if (Path(folder) / name).exists():
-            before = load_json(Path(folder) / name)
-            for key, value in described.items():
-                if before.get(key) != value:
-                    was, now = (v if len(str(v)) < 60 else f"{str(v)[:50]}…" for v in (before.get(key), value))
-                    raise ValueError(f"{key} is {now!r}, but {folder} was made with {was!r}; give that value or another run name")  # fmt: skip
-
-
-def _intact(path: Path, known: dict[str, str]) -> bool:
-    """Whether a shard can be read, and is the one in the manifest where there is a manifest."""
-    try:
-        load_tensors(path)
-        return known.get(path.name) in (None, digest(path))
-    except (FileNotFoundError, ValueError):
-        return False
-
-
-class Store:
-    """A collected folder, read shard by shard.
-
-    `n_steps`, `n_tokens`, `channels`, `grid`, `steps`, `timesteps`, `prompts`, `seeds` describe it.
-    """
-
-    def __init__(self, folder):
-        self.folder = Path(folder)
-        if not (self.folder / "manifest.json").exists():
-            raise FileNotFoundError(f"run: {self.folder} holds no finished collection; run 01_collect_trajectories first")
-        self.manifest = load_json(self.folder / "manifest.json")
-        self.prompts, self.seeds = self.manifest["prompts"], self.manifest["seeds"]
-        self.steps, self.timesteps = self.manifest["steps"], self.manifest["timesteps"]
-        self.grid, self.channels = tuple(self.manifest["grid"]), self.manifest["channels"]
-        self.n_steps, self.n_tokens = len(self.steps), self.grid[0] * self.grid[1]
-        self.split = np.array(self.manifest["split"])
-
-    def verify(self) -> None:
-        """Compare every shard with its SHA-256; ValueError names the first that differs."""
-        for name, expected in self.manifest["shards"].items():
-            path = self.folder / name
-            if not path.exists():
-                raise FileNotFoundError(f"{path} is missing; run 01_collect_trajectories again to collect it")
-            if digest(path) != expected:
-                raise ValueError(f"{path} is damaged; delete it and run 01_collect_trajectories again")
-
-    def indices(self, split: str) -> np.ndarray:
-        """Image numbers of a split."""
-        if split not in SPLITS:
-            raise ValueError(f"split {split!r} is not one of {', '.join(SPLITS)}")
-        return np.nonzero(self.split == split)[0]
-
-    def _parts(self, key, split, numbers=None):
-        size = self.manifest["batch_size"]
-        wanted = np.isin(np.arange(len(self.split)), self.indices(split))
-        for i in range(len(self.manifest["shards"])) if numbers is None else numbers:
-            keep = np.nonzero(wanted[i * size : (i + 1) * size])[0]
-            if len(keep):
-                yield load_tensors(_shard(self.folder, i))[0][key][torch.from_numpy(keep)]
-
-    def shards(self, split: str):
-        """Activations of a split, one shard at a time: float32 Tensor, (image, step, token, channel)."""
-        self.indices(split)
-        return (h.float() for h in self._parts("h", split))
-
-    def images(self, split: str) -> np.ndarray:
-        """The split's images, float32, (image, height, width, 3), in [0, 1]."""
-        return np.concatenate([p.numpy() for p in self._parts("images", split)]).astype(np.float32) / 255
-
-    def batches(self, split: str, batch_size: int, seed: int = 0, buffer_shards: int = 64):
-        """Endless shuffled trajectories: Float[Tensor, "batch_size step channel"], float32.
-
-        Shards are read in random order, `buffer_shards` at a time, and their trajectories mixed together.
-        """
-        if not len(self.indices(split)):
-            raise ValueError(f"split {split!r} holds no images; collect some, or choose another of {', '.join(SPLITS)}")
-        rng = np.random.default_rng(seed)
-        size = self.manifest["batch_size"]
-        with_split = [i for i in range(len(self.manifest["shards"])) if (self.split[i * size : (i + 1) * size] == split).any()]
-        whole = None
-        left = torch.empty(0, self.n_steps, self.channels)
-        while True:
-            order = rng.permutation(with_split)
-            for b in range(0, len(order), buffer_shards):
-                if whole is None:
-                    buffer = torch.cat([h.transpose(1, 2).flatten(0, 1) for h in self._parts("h", split, order[b : b + buffer_shards])])  # fmt: skip
-                    whole = buffer if len(order) <= buffer_shards else None  # small enough to keep
-                else:
-                    buffer = whole
-                buffer = buffer[torch.from_numpy(rng.permutation(len(buffer)))].float()
-                buffer = torch.cat([left, buffer])
-                for i in range(0, len(buffer) - batch_size + 1, batch_size):
-                    yield buffer[i : i + batch_size]
-                left = buffer[len(buffer) - len(buffer) % batch_size :]
-
-
-def read_prompts(source: str | Path) -> list[str]:
-    """Prompts from a text file, one a line, blank lines left out. ValueError if none is left."""
-    path = Path(source).expanduser()
-    if not path.is_file():
-        raise FileNotFoundError(f"prompts {str(source)!r} is not a file; valid are 'scenes' or a text file with one prompt a line")  # fmt: skip
-    prompts = [line.strip() for line in path.read_text().splitlines() if line.strip()]
-    if not prompts:
-        raise ValueError(f"prompts {str(source)!r} holds no prompt; it needs one a line")
-    return prompts
-
-
-def to_pil(image: np.ndarray, size: int | None = None) -> Image.Image:
-    """A PIL image of one (height, width, 3) array in [0, 1]; enlarged to `size` pixels high without smoothing."""
-    picture = Image.fromarray((np.clip(image, 0, 1) * 255).round().astype(np.uint8))
-    if size is None:
-        return picture
-    return picture.resize((round(size * picture.width / picture.height), size), Image.Resampling.NEAREST)

@@ -1,5 +1,7 @@
+import hashlib
 import json
 import stat
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ TENSORS = {
     "turned": torch.arange(6.0).view(2, 3).T,
     "scalar": torch.tensor(3.25),
 }
+DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.uint8]
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**40), 2**40) | st.floats(allow_nan=False) | st.text(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
@@ -37,6 +40,32 @@ def test_tensors_and_record_come_back_as_they_were(tmp_path):
     for name, t in TENSORS.items():
         assert tensors[name].dtype == t.dtype and torch.equal(tensors[name], t)
     assert leftovers(tmp_path) == []
+
+
+def test_only_the_named_tensors_are_read(tmp_path):
+    files.save_tensors(tmp_path / "a", TENSORS, {"k": 1})
+    tensors, record = files.load_tensors(tmp_path / "a", ("half", "bytes"))
+    assert tensors.keys() == {"half", "bytes"} and torch.equal(tensors["bytes"], TENSORS["bytes"]) and record == {"k": 1}
+    assert files.load_tensors(tmp_path / "a", ()) == ({}, {"k": 1})
+    with pytest.raises(ValueError, match="a is damaged.*absent"):
+        files.load_tensors(tmp_path / "a", ("absent",))
+
+
+@given(rows=st.lists(st.integers(0, 6)), shape=st.sampled_from([(7,), (7, 3), (7, 2, 5)]), dtype=st.sampled_from(DTYPES))
+def test_some_rows_of_one_tensor(tmp_path_factory, rows, shape, dtype):
+    path, x = tmp_path_factory.getbasetemp() / "rows", torch.randn(shape).to(dtype)
+    files.save_tensors(path, {"x": x, "other": torch.zeros(3)})
+    found = files.load_rows(path, "x", rows)
+    assert len(found) == len(rows)
+    for row, t in zip(rows, found):
+        assert t.dtype == dtype and torch.equal(t, x[row])
+
+
+@given(content=st.binary(max_size=200))
+def test_a_digest_is_the_sha256_of_the_bytes(tmp_path_factory, content):
+    path = tmp_path_factory.getbasetemp() / "any"
+    path.write_bytes(content)
+    assert files.digest(path) == hashlib.sha256(content).hexdigest()
 
 
 @given(record=json_values)
@@ -89,6 +118,17 @@ def test_a_reader_of_the_old_file_never_sees_half_of_the_new_one(tmp_path):
         assert json.load(reader) == {"x": 1}
 
 
+def test_writers_of_the_same_file_do_not_disturb_one_another(tmp_path):
+    def write(i):
+        for _ in range(20):
+            files.save_json(tmp_path / "a.json", [i] * 100)
+            assert len(set(files.load_json(tmp_path / "a.json"))) == 1
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(write, range(8)))
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
 def test_an_interrupt_while_writing_leaves_the_old_file_alone(tmp_path, monkeypatch):
     path = tmp_path / "a.safetensors"
     files.save_tensors(path, {"x": torch.ones(2)})
@@ -111,13 +151,16 @@ def test_a_record_that_is_no_json_leaves_the_old_file_alone(tmp_path):
     assert files.load_json(tmp_path / "a.json") == {"x": 1} and leftovers(tmp_path) == []
 
 
-@pytest.mark.parametrize("load", [files.load_tensors, files.load_json])
+LOADS = pytest.mark.parametrize("load", [files.load_tensors, files.load_json, lambda path: files.load_rows(path, "whole", [0])])
+
+
+@LOADS
 def test_a_missing_file_is_named(tmp_path, load):
     with pytest.raises(FileNotFoundError, match="absent.file"):
         load(tmp_path / "absent.file")
 
 
-@pytest.mark.parametrize("load", [files.load_tensors, files.load_json])
+@LOADS
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00", b'{"a": ', bytes(200)])
 def test_a_damaged_file_is_named(tmp_path, load, content):
     (tmp_path / "bad.file").write_bytes(content)
@@ -133,6 +176,8 @@ def test_tensors_cut_short_anywhere_are_refused(tmp_path_factory, share):
     path.write_bytes(whole[: int(share * len(whole))])
     with pytest.raises(ValueError, match="cut.safetensors is damaged"):
         files.load_tensors(path)
+    with pytest.raises(ValueError, match="cut.safetensors is damaged"):
+        files.load_rows(path, "whole", [0])
 
 
 def test_json_is_plain_text_with_sorted_keys(tmp_path):

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+import scipy.sparse
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -176,3 +177,29 @@ def test_the_interval_of_a_label_that_never_holds_is_nan():
 )
 def test_cosines_worked_by_hand(a, b, value):
     np.testing.assert_allclose(metrics.cosine(np.array(a, float), np.array(b, float)), value, atol=1e-12)
+
+
+# --- sparse codes -------------------------------------------------------------------------------
+
+
+def some_codes(seed=0, n=150, latents=12):
+    """Codes with many zeros and many ties; one latent never fires, one always does."""
+    rng = np.random.default_rng(seed)
+    codes = rng.integers(1, 4, (n, latents)) * (rng.random((n, latents)) < 0.2)
+    codes[:, 0], codes[:, 1] = 0, 1 + rng.integers(0, 3, n)
+    labels = rng.random((n, 3)) < 0.3
+    labels[:, 2] = False
+    return codes.astype(float), labels
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("kind", [scipy.sparse.csr_matrix, scipy.sparse.csc_matrix, scipy.sparse.coo_matrix])
+def test_auroc_of_sparse_codes_is_that_of_dense_ones(seed, kind):
+    codes, labels = some_codes(seed)
+    np.testing.assert_allclose(metrics.auroc(kind(codes), labels), metrics.auroc(codes, labels), rtol=1e-12)
+
+
+def test_sparse_ranks_worked_by_hand():
+    codes = np.array([[0.0], [5.0], [2.0], [5.0], [0.0]])  # two zeros share rank 1.5, then 2 at 3, then two fives at 4.5
+    ranks, of_zero = metrics.sparse_ranks(scipy.sparse.csr_matrix(codes))
+    assert ranks.toarray()[:, 0].tolist() == [0, 4.5, 3, 4.5, 0] and of_zero.tolist() == [1.5]

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 import yaml
 
 from helpers import files, report, runs
@@ -112,9 +113,44 @@ def test_readme_shows_files_that_exist():
         assert (runs.ROOT / target).exists(), target
 
 
-def test_readme_ten_lines_run():
-    (code,) = re.findall(r"```python\n(.*?)```", (runs.ROOT / "README.md").read_text(), re.DOTALL)
+@pytest.fixture(scope="module")
+def readme_names():
+    """What the README's first code makes."""
     names: dict = {}
-    exec(code, names)
-    assert names["steered"].shape == names["images"].shape == (6, 64, 64, 3)
-    assert abs(names["steered"] - names["images"]).max() > 0.01
+    exec(readme_code()[0], names)
+    return names
+
+
+def readme_code():
+    return re.findall(r"```python\n(.*?)```", (runs.ROOT / "README.md").read_text(), re.DOTALL)
+
+
+def test_readme_ten_lines_run(readme_names):
+    assert readme_names["steered"].shape == readme_names["images"].shape == (6, 64, 64, 3)
+    assert abs(readme_names["steered"] - readme_names["images"]).max() > 0.01
+
+
+def test_readme_own_loop_runs(readme_names):
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = torch.nn.ModuleList(torch.nn.Conv2d(3, 3, 3, padding=1) for _ in range(4))
+
+        def forward(self, x, t):
+            for block in self.blocks:
+                x = block(x) * t
+            return x
+
+    names = readme_names | {"net": Net(), "timesteps": torch.linspace(1, 0.02, 50), "x": torch.randn(2, 3, 4, 6)}
+    with torch.no_grad():
+        exec(readme_code()[1], names)
+    assert names["h"].shape == (2, 5, 24, 3)
+
+
+def test_readme_bundle_lines_run(tiny_run, monkeypatch):
+    done = papermill(tiny_run, "03", run=str(tiny_run / "run"), k=3, n_latents=32, n_updates=5, sae_batch_size=20)
+    assert done.returncode == 0, done.stderr[-2000:]
+    code = readme_code()[2].replace(".push_to_hub(", ".save_pretrained(").replace('"sd15"', repr(str(tiny_run / "run")))
+    names: dict = {}
+    exec(code.replace("you/sd15-residual-sae", str(tiny_run / "bundle")), names)
+    assert names["u"].shape == (32, 2, 160)

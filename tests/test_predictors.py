@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import some_predictors
+from conftest import some_predictors, take
 from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.linear_model import Ridge
@@ -79,6 +79,60 @@ def test_activations_that_are_not_finite_are_refused(value):
 def test_no_trajectories_are_refused():
     with pytest.raises(ValueError, match="no trajectories"):
         accumulate(iter([]))
+
+
+def test_moments_start_from_the_first_shards_mean():
+    h = recorded(offset=50)
+    moments = accumulate([h[:6], h[6:]], device="cpu")
+    assert isinstance(moments, Moments)
+    np.testing.assert_allclose(moments.shift, flat(h[:6]).mean(0), rtol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("device", ["cpu", torch.device("cpu"), "mps"])  # MPS has no float64, so the CPU does it
+def test_moments_are_float64_on_the_cpu_whatever_they_are_summed_from(dtype, device):
+    h = recorded().to(dtype)
+    m, expected = accumulate([h], device=device), accumulate([h.double()])
+    for name in ("shift", "total", "square", "cross"):
+        assert getattr(m, name).dtype == torch.float64 and getattr(m, name).device.type == "cpu"
+        assert torch.equal(getattr(m, name), getattr(expected, name))
+
+
+class Processes:
+    """An accelerator of as many processes as it is given moments; reduces by adding up what all of them hold."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, parts):
+        self.parts, self.fields = parts, iter(("count", "total", "square", "cross"))
+
+    def reduce(self, value, how):
+        name = next(self.fields)
+        assert how == "sum" and torch.equal(value, torch.as_tensor(getattr(self.parts[0], name)))
+        return sum(torch.as_tensor(getattr(part, name)) for part in self.parts)
+
+
+def test_moments_of_several_processes_add_up_and_an_idle_one_adds_nothing():
+    h = recorded(offset=3)
+    whole = accumulate([h])
+    parts = [accumulate([h[:5]], whole.shift), accumulate([h[5:]], whole.shift), Moments.none(whole.shift)]
+    together = parts[0].summed(Processes(parts))
+    assert together.count == whole.count and isinstance(together.count, int)
+    for name in ("shift", "total", "square", "cross"):
+        torch.testing.assert_close(getattr(together, name), getattr(whole, name), rtol=1e-12, atol=1e-10)
+    alone = whole + parts[2]
+    assert all(torch.equal(torch.as_tensor(v), torch.as_tensor(getattr(whole, name))) for name, v in vars(alone).items())
+
+
+def test_moments_come_back_from_their_file(tmp_path):
+    moments = accumulate([recorded()])
+    moments.save(tmp_path / "m.safetensors", {"trajectories": "12ab"})
+    loaded, record = Moments.load(tmp_path / "m.safetensors")
+    assert record == {"trajectories": "12ab"} and loaded.count == moments.count and isinstance(loaded.count, int)
+    for name in ("shift", "total", "square", "cross"):
+        assert torch.equal(getattr(loaded, name), getattr(moments, name))
+    for name, value in vars(fit(loaded, loaded)).items():
+        assert torch.equal(value, getattr(fit(moments, moments), name))
 
 
 # --- fitting ------------------------------------------------------------------------------------
@@ -235,6 +289,37 @@ def test_leading_dimensions_are_kept():
     torch.testing.assert_close(p.restore(y), x)
 
 
+class FakeStore:
+    """Trajectories (trajectory, step, channel) that need no folder."""
+
+    def __init__(self, h):
+        self.h = h
+
+    def batches(self, split, batch_size, seed=0, start=0, share=(0, 1)):
+        order = torch.randperm(len(self.h), generator=torch.Generator().manual_seed(seed))
+        parts = self.h[order].split(batch_size)[start:]
+        return (part.chunk(share[1])[share[0]] for part in parts)
+
+
+@pytest.mark.parametrize("start, share", [(0, (0, 1)), (3, (0, 1)), (1, (1, 2))])
+def test_batches_are_the_stores_residualized(fitted, start, share):
+    train, _, p = fitted
+    store = FakeStore(train.transpose(1, 2).flatten(0, 1))
+    given = take(3, p.batches(store, "train", 8, 5, start, share))
+    for y, h in zip(given, store.batches("train", 8, 5, start, share)):
+        assert torch.equal(y, p.residualize(p.standardise(h))) and y.shape == (8 // share[1], S * D)
+    assert len(given) == 3
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_predictors_move_to_another_device_whole(fitted, device):
+    _, _, p = fitted
+    moved = p.to(device)
+    assert isinstance(moved, Predictors) and all(v.device.type == device for v in vars(moved).values())
+    assert moved.residualize(torch.randn(2, S, D, device=device)).device.type == device
+    assert all(v.device.type == "cpu" for v in vars(p).values())
+
+
 def test_eigenvalues_come_largest_first():
     p = some_predictors(3, 2)
     p.A[1], p.A[2] = torch.diag(torch.tensor([0.1, -0.9])), torch.tensor([[0.0, 0.5], [-0.5, 0.0]])
@@ -261,10 +346,3 @@ def test_a_file_that_holds_no_predictors_is_named(tmp_path):
     for name in ("sae", "part"):
         with pytest.raises(ValueError, match=f"{name}.safetensors does not hold predictors"):
             Predictors.load(tmp_path / f"{name}.safetensors")
-
-
-def test_moments_start_from_the_first_shards_mean():
-    h = recorded(offset=50)
-    moments = accumulate([h[:6], h[6:]])
-    assert isinstance(moments, Moments)
-    np.testing.assert_allclose(moments.shift, flat(h[:6]).mean(0), rtol=1e-12)

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import GRID, SAMPLING, TOKENS, TUPLE, hooks_on, some_predictors
+from conftest import GRID, SAMPLING, TOKENS, TUPLE, built, hooks_on, some_predictors
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -60,11 +60,6 @@ def test_what_each_step_adds_is_rho_times_the_decoder_row(seed):
     w = torch.randn(1, 12, generator=torch.Generator().manual_seed(seed))
     new = steering.only_new(p.feature_trajectories(w)[0], p)
     torch.testing.assert_close(new, p.rho[:, None] * w.view(3, 4), rtol=1e-4, atol=1e-4)
-
-
-def test_the_difference_of_class_means():
-    x_true, x_false = torch.tensor([[[1.0, 2.0]], [[3.0, 4.0]]]), torch.tensor([[[1.0, 1.0]]])
-    assert steering.class_difference(x_true, x_false).tolist() == [[1, 2]]
 
 
 def test_an_addition_worked_by_hand():
@@ -194,7 +189,7 @@ def test_only_the_chosen_branch_is_steered(steer, overheard, delta, branch, rows
 
 def test_without_guidance_there_is_only_the_conditional_branch(steer, delta, pipe, prompts):
     plain = trajectories.generate(pipe, prompts[:2], SEEDS, **SAMPLING | {"guidance_scale": 1.0})
-    images = {b: steer(delta, branch=b, guidance_scale=1.0) for b in steering.BRANCHES}
+    images = {b: steer(delta, branch=b, guidance_scale=1.0) for b in ("conditional", "unconditional", "both")}
     assert np.array_equal(images["unconditional"], plain)
     assert np.array_equal(images["conditional"], images["both"]) and not np.array_equal(images["both"], plain)
 
@@ -216,7 +211,8 @@ def test_a_masked_token_is_steered_at_its_upright_place(steer, overheard):
 @pytest.mark.parametrize(
     "changes, named",
     [
-        ({"branch": "both sides"}, "branch 'both sides' is not one of conditional"),
+        ({"branch": "both sides"}, "branch 'both sides' is not one of conditional, unconditional, both"),
+        ({"signal": "outputs"}, "signal 'outputs' is not one of output, input, update"),
         ({"delta": torch.zeros(N + 1, CHANNELS)}, "delta has 4 steps; num_inference_steps=3"),
         ({"window": (0, 3)}, r"window \[0, 3\].*0 to 2"),
         ({"mask": torch.ones(9)}, "mask covers 9 tokens.*16"),
@@ -245,3 +241,29 @@ def test_replacements_reach_their_own_step_on_the_conditional_branch(pipe, promp
     for step, values in ((0, [1, 3]), (2, [0, 2])):
         assert low[step, 2:].tolist() == high[step, 2:].tolist() == values
     assert (low[:, :2] < high[:, :2]).all() and (low[1] < high[1]).all()
+
+
+FAMILIES = {
+    "sd1": (TUPLE, ["1", "2"], {}),
+    "sd3": ("transformer_blocks.1", ["1", "2"], {}),
+    "flux": ("single_transformer_blocks.0", ["1", "2"], {"true_cfg_scale": 3.0, "negative_prompt": "gray"}),
+    "dit": ("transformer_blocks.0", ["1", "2"], {}),
+}
+
+
+@pytest.mark.parametrize("branch", ["conditional", "unconditional"])
+@pytest.mark.parametrize("signal", ["output", "input", "update"])
+@pytest.mark.parametrize("model", FAMILIES)
+def test_adding_at_one_step_is_replacing_by_the_sum(model, signal, branch):
+    hookpoint, texts, options = FAMILIES[model]
+    pipe, where, sampling = built(model), {"signal": signal, "branch": branch}, SAMPLING | options
+    _, h, _ = trajectories.record(pipe, texts, SEEDS, hookpoint=hookpoint, steps=[1], **where, **sampling)
+    change = torch.randn(N, h.shape[-1], generator=torch.Generator().manual_seed(1))
+    mask = torch.linspace(0, 1, h.shape[2])
+    added = steering.steer(pipe, texts, SEEDS, hookpoint, change, window=(1, 1), mask=mask, **where, **sampling)
+    replaced = steering.replace(pipe, texts, SEEDS, hookpoint, h + mask[:, None] * change[1], [1], **where, **sampling)
+    np.testing.assert_allclose(added, replaced, atol=1e-4)
+    plain = trajectories.generate(pipe, texts, SEEDS, **sampling)
+    assert np.abs(added - plain).max() > 1e-3
+    same = steering.replace(pipe, texts, SEEDS, hookpoint, h, [1], **where, **sampling)
+    np.testing.assert_allclose(same, plain, atol=1e-4)

@@ -1,56 +1,13 @@
-import copy
-import shutil
-import signal
-
 import numpy as np
+import pipelines
 import pytest
 import torch
-from conftest import GRID, SAMPLING, TOKENS, TUPLE, take
-from diffusers import HeunDiscreteScheduler
+from conftest import GRID, SAMPLING, TOKENS, TUPLE, built, hooks_on
+from diffusers import EulerDiscreteScheduler, HeunDiscreteScheduler
 
-from helpers import files, trajectories
+from helpers import hooks, trajectories
 
-SPLIT = ["train", "validation", "train", "train", "test"]
 SEEDS = [10, 11, 12, 13, 14]
-SHARD = "shard-00001.safetensors"
-
-
-@pytest.fixture
-def collect(pipe, prompts):
-    def run(folder, **changes):
-        values = {
-            "pipe": pipe, "prompts": prompts, "seeds": SEEDS, "split_of": SPLIT, "hookpoint": TOKENS, "steps": [0, 2],
-            "batch_size": 2, "store_dtype": torch.float32, "record_of": {"model": "tiny"},
-        }  # fmt: skip
-        return trajectories.collect(folder, **values | SAMPLING | changes)
-
-    return run
-
-
-@pytest.fixture
-def collected(collect, tmp_path):
-    collect(tmp_path / "t")
-    return tmp_path / "t"
-
-
-@pytest.fixture
-def returns():
-    """A limit for code that might never return: five seconds of this process, however busy the machine."""
-
-    def late(*_):
-        raise TimeoutError("still running")
-
-    before = signal.signal(signal.SIGPROF, late)
-    signal.setitimer(signal.ITIMER_PROF, 5)
-    yield
-    signal.setitimer(signal.ITIMER_PROF, 0)
-    signal.signal(signal.SIGPROF, before)
-
-
-def flip_a_byte(path):
-    data = bytearray(path.read_bytes())
-    data[-5] ^= 0x40
-    path.write_bytes(data)
 
 
 # --- which steps --------------------------------------------------------------------------------
@@ -81,13 +38,16 @@ def test_steps_that_do_not_exist_or_do_not_suffice_are_named(steps, n_keep, name
 # --- generating ---------------------------------------------------------------------------------
 
 
-def test_an_image_does_not_depend_on_its_batch(pipe, prompts):
-    together = trajectories.generate(pipe, prompts[:3], SEEDS[:3], **SAMPLING)
-    assert together.dtype == np.float32 and together.shape == (3, 16, 16, 3)
+@pytest.mark.parametrize("model", pipelines.ALL)
+def test_an_image_does_not_depend_on_its_batch(model):
+    texts = ["1", "2", "goldfish"] if model == "dit" else ["a dog", "two cats", ""]
+    together = trajectories.generate(built(model), texts, SEEDS[:3], **SAMPLING)
+    assert together.dtype == np.float32 and together.shape[::3] == (3, 3)
     assert together.min() >= 0 and together.max() <= 1
     for i in range(3):
-        alone = trajectories.generate(pipe, [prompts[i]], [SEEDS[i]], **SAMPLING)
+        alone = trajectories.generate(built(model), [texts[i]], [SEEDS[i]], **SAMPLING)
         np.testing.assert_allclose(alone[0], together[i], atol=1e-4)
+    assert min(np.abs(together[i] - together[i - 1]).max() for i in range(3)) > 1e-3
 
 
 def test_an_image_depends_on_its_seed_and_on_its_prompt(pipe, prompts):
@@ -96,8 +56,33 @@ def test_an_image_depends_on_its_seed_and_on_its_prompt(pipe, prompts):
     assert not np.array_equal(images[0], images[2])
 
 
-def test_a_wanted_size_is_height_by_width(pipe, prompts):
+def test_a_wanted_size_is_height_by_width_and_zero_is_the_models_own(pipe, prompts):
     assert trajectories.generate(pipe, prompts[:1], [0], height=16, width=32, **SAMPLING).shape == (1, 16, 32, 3)
+    own = trajectories.generate(pipe, prompts[:1], [0], height=0, width=0, **SAMPLING)
+    assert np.array_equal(own, trajectories.generate(pipe, prompts[:1], [0], **SAMPLING))
+
+
+def test_a_class_is_given_by_number_or_name():
+    by_name, by_number = (trajectories.generate(built("dit"), [c], [0], **SAMPLING) for c in ("goldfish", "1"))
+    assert np.array_equal(by_name, by_number)
+
+
+@pytest.mark.parametrize("model, option", [("sd1", "true_cfg_scale"), ("dit", "height"), ("ddpm", "negative_prompt")])
+def test_an_argument_that_the_pipeline_does_not_take_is_named(model, option):
+    with pytest.raises(
+        ValueError, match=f"sampling: {type(built(model)).__name__} does not take {option}; valid are .*num_inference"
+    ):
+        trajectories.generate(built(model), ["1"], [0], **SAMPLING | {option: 16})
+
+
+def test_one_negative_prompt_is_for_every_image(pipe, prompts):
+    both, one = (
+        trajectories.generate(pipe, prompts[:2], [0, 1], negative_prompt=n, **SAMPLING) for n in (["gray"] * 2, "gray")
+    )
+    assert np.array_equal(both, one)
+
+
+# --- recording ----------------------------------------------------------------------------------
 
 
 def direct_activations(pipe, prompt, seed, hookpoint):
@@ -150,12 +135,112 @@ def test_solvers_with_two_calls_a_step_are_recorded_once_a_step(pipe, prompts, m
     monkeypatch.setattr(pipe, "scheduler", HeunDiscreteScheduler.from_config(pipe.scheduler.config))
     _, h, where = trajectories.record(pipe, prompts[:1], [0], hookpoint=TOKENS, steps=[0, 1, 2], **SAMPLING)
     assert h.shape == (1, 3, 16, 32) and where["timesteps"] == [999.0, 499.5, 0.0]
+    assert where["sigmas"] == pipe.scheduler.sigmas[[0, 1, 3]].tolist()
+
+
+def test_sigmas_are_the_schedulers_own_if_it_has_them(pipe, prompts, monkeypatch):
+    monkeypatch.setattr(pipe, "scheduler", EulerDiscreteScheduler.from_config(pipe.scheduler.config))
+    where = trajectories.record(pipe, prompts[:1], [0], hookpoint=TOKENS, steps=[0, 2], **SAMPLING)[2]
+    assert where["sigmas"] == pipe.scheduler.sigmas[[0, 2]].tolist()
+    flow = built("flux")
+    where = trajectories.record(flow, prompts[:1], [0], hookpoint="transformer_blocks.0", steps=[0, 2], **SAMPLING)[2]
+    np.testing.assert_allclose(where["sigmas"], np.array(where["timesteps"]) / 1000, rtol=1e-6)
+
+
+@pytest.mark.usefixtures("no_hooks_left")
+@pytest.mark.parametrize("steps", [[0, 9], [-1, 1]])
+def test_steps_that_were_never_run_are_named(pipe, prompts, steps):
+    with pytest.raises(ValueError, match=rf"steps \[{max(steps, key=abs)}\].*0 to 2"):
+        trajectories.record(pipe, prompts[:1], [0], hookpoint=TOKENS, steps=steps, **SAMPLING)
+
+
+class Own(torch.nn.Module):
+    """A denoiser of no library: 2×2 patches as tokens, a block, and back; adds the time."""
+
+    def __init__(self):
+        super().__init__()
+        self.patches, self.block = torch.nn.Conv2d(3, 8, 2, 2), torch.nn.Linear(8, 8)
+
+    def forward(self, x, t):
+        tokens = self.block(self.patches(x).flatten(2).transpose(1, 2)) + t / 1000
+        return tokens.mean((1, 2))[:, None, None, None] * x
+
+    def naive(self, x, t, signal):
+        """Tokens of the block, by loops over the patches."""
+        weight = self.patches.weight.flatten(1)
+        rows, columns = x.shape[2] // 2, x.shape[3] // 2
+        patches = [x[:, :, 2 * r : 2 * r + 2, 2 * c : 2 * c + 2].flatten(1) for r in range(rows) for c in range(columns)]
+        entering = torch.stack(patches, 1) @ weight.T + self.patches.bias
+        leaving = entering @ self.block.weight.T + self.block.bias
+        return {"input": entering, "output": leaving, "update": leaving - entering}[signal]
+
+
+@pytest.mark.parametrize("signal", hooks.SIGNALS)
+@pytest.mark.parametrize(
+    "timesteps",
+    [
+        [999, 749, 499, 249, 0],
+        torch.linspace(1, 0, 5),
+        [1.0, 0.75, 0.5, 0.25, 0.0],
+        np.linspace(1, 0, 1001)[::250],
+        torch.logspace(2, -2, 5),
+    ],
+    ids=["list", "tensor from 1 to 0", "list from 1 to 0", "array", "noise levels"],
+)
+def test_a_denoiser_in_a_loop_of_ones_own(signal, timesteps):
+    torch.manual_seed(0)
+    denoiser, x, expected = Own(), torch.randn(2, 3, 4, 6), []
+    with torch.no_grad(), trajectories.Recorder(denoiser, timesteps, "block", [0, 3, 4], signal=signal) as recorder:
+        for t in timesteps:
+            expected.append(denoiser.naive(x, t, signal))
+            x -= 0.2 * denoiser(x, torch.as_tensor(t))  # in place
+    assert recorder.grid == (2, 3) and hooks_on(denoiser) == 0
+    torch.testing.assert_close(recorder.trajectories(), torch.stack([expected[s] for s in (0, 3, 4)], 1))
+
+
+@pytest.mark.parametrize("n", [1001, 50])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_every_step_of_a_fine_loop_from_one_to_zero_is_told_apart(n, dtype):
+    denoiser, x, timesteps = Own(), torch.zeros(1, 3, 4, 4), torch.linspace(1, 0, n, dtype=torch.float64).to(dtype)
+    with trajectories.Recorder(denoiser, timesteps, "patches", range(n)) as recorder, torch.no_grad():
+        for i, t in enumerate(timesteps):
+            denoiser(x + i, t.float())
+    h = recorder.trajectories()
+    with torch.no_grad():
+        expected = torch.stack([denoiser.patches(x + i).flatten(2).transpose(1, 2)[0] for i in range(n)])
+    torch.testing.assert_close(h[0], expected)
+
+
+def test_guidance_in_a_loop_of_ones_own_by_rows_or_by_calls():
+    torch.manual_seed(0)
+    denoiser, x, timesteps = Own(), torch.randn(2, 3, 4, 4), [3, 2, 1]
+    found = {}
+    for branch in hooks.BRANCHES:
+        with (
+            torch.no_grad(),
+            trajectories.Recorder(denoiser, timesteps, "block", [0, 1, 2], n_images=2, branch=branch) as recorder,
+        ):
+            for t in timesteps:
+                denoiser(torch.cat([x, x + 1]), torch.tensor(t))
+        found[branch] = recorder.trajectories()
+    with torch.no_grad():
+        for branch, rows in (("unconditional", x), ("conditional", x + 1)):
+            torch.testing.assert_close(found[branch], denoiser.naive(rows, 0, "output")[:, None].expand(-1, 3, -1, -1))
+
+
+def test_some_tokens_of_each_image(pipe, prompts):
+    tokens = torch.tensor([[3, 0, 9], [15, 15, 1]])
+    with trajectories.Recorder(pipe.unet, pipe.scheduler, TOKENS, [0, 2], n_images=2, tokens=tokens) as some:
+        _, h, _ = trajectories.record(pipe, prompts[:2], [0, 1], hookpoint=TOKENS, steps=[0, 2], **SAMPLING)
+    assert torch.equal(some.trajectories(), torch.stack([h[i][:, tokens[i]] for i in range(2)]))
 
 
 def test_shapes_of_hookpoints(pipe, prompts):
     sampling = SAMPLING | {"height": 16, "width": 32}
     expected = {TOKENS: (4, 8, 32), "conv_in": (8, 16, 16), "conv_out": (8, 16, 4)}
     assert trajectories.shapes(pipe, list(expected), prompts[0], **sampling) == expected
+    taps = [trajectories.Tap("conv_in", "input"), trajectories.Tap("conv_in", "output"), trajectories.Tap("conv_in", "update")]
+    assert trajectories.shapes(pipe, taps, prompts[0], **sampling) == {taps[0]: (8, 16, 4), taps[1]: (8, 16, 16)}
 
 
 @pytest.mark.usefixtures("no_hooks_left")
@@ -169,218 +254,5 @@ def test_the_usual_hookpoints_come_in_the_networks_order(pipe, prompts):
     order = ["down_blocks.0.resnets.0", "down_blocks.1.attentions.0", "mid_block.attentions.0", "up_blocks.1.resnets.1"]
     assert [n for n in found if n in order] == order
     assert found["mid_block.attentions.0"] == (4, 4, 32) and found["up_blocks.1.resnets.1"] == (8, 8, 16)
-
-
-# --- collecting ---------------------------------------------------------------------------------
-
-
-def test_a_collection_holds_what_record_gives(collect, pipe, prompts, tmp_path):
-    manifest = collect(tmp_path)
-    assert manifest["new_images"] == 5 and len(manifest["shards"]) == 3
-    store = trajectories.Store(tmp_path)
-    store.verify()
-    images, h, _ = trajectories.record(pipe, prompts[2:4], SEEDS[2:4], hookpoint=TOKENS, steps=[0, 2], **SAMPLING)
-    tensors, _ = files.load_tensors(tmp_path / SHARD)
-    assert torch.equal(tensors["h"], h)
-    assert np.abs(tensors["images"].numpy() / 255 - images).max() <= 0.5 / 255 + 1e-6
-    assert (store.n_steps, store.n_tokens, store.channels, store.grid) == (2, 16, 32, (4, 4))
-    assert (store.prompts, store.seeds, store.steps) == (prompts, SEEDS, [0, 2])
-    assert store.timesteps == pipe.scheduler.timesteps[[0, 2]].tolist()
-
-
-def test_collecting_again_makes_nothing_new(collect, collected):
-    before = {p: p.stat().st_mtime_ns for p in collected.glob("*.safetensors")}
-    assert collect(collected)["new_images"] == 0
-    assert {p: p.stat().st_mtime_ns for p in collected.glob("*.safetensors")} == before
-
-
-def lose(path):
-    path.unlink()
-
-
-def cut(path):
-    path.write_bytes(path.read_bytes()[:-100])
-
-
-def empty(path):
-    path.write_bytes(b"")
-
-
-@pytest.mark.parametrize("damage", [lose, cut, empty])
-@pytest.mark.parametrize("finished", [True, False])
-def test_a_lost_or_truncated_shard_is_collected_again_with_the_same_bytes(collect, collected, damage, finished):
-    names = [SHARD, "manifest.json"]
-    before = [(collected / n).read_bytes() for n in names]
-    damage(collected / SHARD)
-    if not finished:
-        (collected / "manifest.json").unlink()
-    assert collect(collected)["new_images"] == 2
-    assert [(collected / n).read_bytes() for n in names] == before
-    trajectories.Store(collected).verify()
-
-
-def test_verify_names_a_shard_with_a_flipped_byte(collected):
-    flip_a_byte(collected / SHARD)
-    with pytest.raises(ValueError, match=SHARD + " is damaged"):
-        trajectories.Store(collected).verify()
-
-
-def test_verify_names_a_missing_shard(collected):
-    (collected / SHARD).unlink()
-    with pytest.raises(FileNotFoundError, match=SHARD + " is missing"):
-        trajectories.Store(collected).verify()
-
-
-def test_collecting_again_does_not_take_a_flipped_byte_for_whole(collect, collected):
-    before = (collected / SHARD).read_bytes()
-    flip_a_byte(collected / SHARD)
-    collect(collected)
-    assert (collected / SHARD).read_bytes() == before
-
-
-CHANGES = {
-    "prompts": ["a dog"] * 5, "seeds": [1, 2, 3, 4, 5], "split_of": ["train"] * 5, "hookpoint": GRID, "steps": [0, 1],
-    "batch_size": 3, "store_dtype": torch.float16, "record_of": {"model": "other"}, "num_inference_steps": 4,
-    "guidance_scale": 2.0, "height": 32,
-}  # fmt: skip
-NAMED = {"split_of": "split", "store_dtype": "dtype", "record_of": "model"}
-
-
-@pytest.mark.parametrize("finished", [True, False])
-@pytest.mark.parametrize("name", CHANGES)
-def test_a_folder_made_otherwise_is_refused_by_name_and_left_alone(collect, collected, name, finished):
-    if not finished:
-        (collected / "manifest.json").unlink()
-    before = {p: p.read_bytes() for p in collected.iterdir()}
-    with pytest.raises(ValueError, match=f"^{NAMED.get(name, name)} is .*another run name"):
-        collect(collected, **{name: CHANGES[name]})
-    assert {p: p.read_bytes() for p in collected.iterdir()} == before
-
-
-def test_a_folder_made_with_another_scheduler_is_refused(collect, collected, pipe, monkeypatch):
-    monkeypatch.setattr(pipe, "scheduler", HeunDiscreteScheduler.from_config(pipe.scheduler.config))
-    with pytest.raises(ValueError, match="^scheduler is 'HeunDiscreteScheduler'"):
-        collect(collected)
-
-
-@pytest.mark.parametrize(
-    "changes, named",
-    [
-        ({"prompts": []}, "prompts"),
-        ({"hookpoint": "mid_block.atentions.0"}, "'mid_block.atentions.0'.*mid_block.attentions.0"),
-        ({"hookpoint": "down_blocks"}, "'down_blocks' is never called.*down_blocks.0.resnets.0"),
-        ({"steps": [0, 9]}, r"\[9\].*0 to 2"),
-    ],
-)
-def test_what_cannot_be_collected_is_named_and_does_not_spoil_the_folder(collect, tmp_path, changes, named):
-    with pytest.raises(ValueError, match=named):
-        collect(tmp_path / "t", **changes)
-    assert collect(tmp_path / "t")["new_images"] == 5
-
-
-def test_activations_too_large_for_float16_are_refused_and_the_advice_works(collect, pipe, tmp_path):
-    loud = copy.deepcopy(pipe)
-    with torch.no_grad():
-        loud.unet.get_submodule(TUPLE).proj_out.weight *= 1e7
-    loud.set_progress_bar_config(disable=True)
-    with pytest.raises(ValueError, match="store_dtype.*float16.*float32"):
-        collect(tmp_path / "t", pipe=loud, hookpoint=TUPLE, store_dtype=torch.float16)
-    assert collect(tmp_path / "t", pipe=loud, hookpoint=TUPLE, store_dtype=torch.float32)["new_images"] == 5
-
-
-def test_too_little_disk_is_refused_before_anything_is_written(collect, tmp_path, monkeypatch):
-    need = 5 * trajectories.bytes_per_image(2, 16, 32, torch.float32)
-    usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(trajectories.shutil, "disk_usage", lambda _: usage._replace(free=need - 1))
-    with pytest.raises(OSError, match="n_prompts: 5 images"):
-        collect(tmp_path / "t")
-    assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
-
-
-def test_bytes_per_image_is_what_a_shard_grows_by(collect, tmp_path):
-    collect(tmp_path / "t")
-    tensors, _ = files.load_tensors(tmp_path / "t" / SHARD)
-    assert tensors["h"].nbytes == 2 * trajectories.bytes_per_image(2, 16, 32, torch.float32)
-
-
-# --- reading ------------------------------------------------------------------------------------
-
-
-def test_the_splits_share_out_every_image_once(collected):
-    store = trajectories.Store(collected)
-    assert {s: store.indices(s).tolist() for s in trajectories.SPLITS} == {"train": [0, 2, 3], "validation": [1], "test": [4]}
-    for split in trajectories.SPLITS:
-        assert sum(len(h) for h in store.shards(split)) == len(store.images(split)) == len(store.indices(split))
-
-
-@pytest.mark.parametrize("read", ["indices", "shards", "images", "batches"])
-@pytest.mark.usefixtures("returns")
-def test_an_unknown_split_is_named(collected, read):
-    store = trajectories.Store(collected)
-    arguments = (2,) if read == "batches" else ()
-    with pytest.raises(ValueError, match="split 'tets' is not one of train"):
-        result = getattr(store, read)("tets", *arguments)
-        take(1, result)
-
-
-@pytest.mark.usefixtures("returns")
-def test_batches_of_an_empty_split_are_refused_by_name(collect, tmp_path):
-    collect(tmp_path / "t", split_of=["train"] * 5)
-    with pytest.raises(ValueError, match="test"):
-        next(trajectories.Store(tmp_path / "t").batches("test", 2))
-
-
-def rows(x):
-    return sorted(map(tuple, x.flatten(1).tolist()))
-
-
-@pytest.mark.parametrize("buffer_shards", [1, 2, 64])
-@pytest.mark.parametrize("batch_size", [7, 16, 48, 60])
-def test_batches_go_through_every_trajectory_once_an_epoch(collected, batch_size, buffer_shards):
-    store = trajectories.Store(collected)
-    every = torch.cat([h.transpose(1, 2).flatten(0, 1) for h in store.shards("train")])
-    assert every.shape == (48, 2, 32)
-    epochs = 5
-    batches = take(-(-epochs * 48 // batch_size), store.batches("train", batch_size, 3, buffer_shards))
-    assert {tuple(b.shape) for b in batches} == {(batch_size, 2, 32)} and batches[0].dtype == torch.float32
-    drawn = torch.cat(batches)
-    for epoch in range(epochs):
-        assert rows(drawn[48 * epoch : 48 * (epoch + 1)]) == rows(every)
-
-
-def test_batches_are_shuffled_by_their_seed(collected):
-    def draw(seed):
-        return torch.stack(take(6, trajectories.Store(collected).batches("train", 16, seed)))
-
-    assert torch.equal(draw(0), draw(0))
-    assert not torch.equal(draw(0), draw(1))
-    assert not torch.equal(*draw(0).unflatten(0, (2, 3)))
-
-
-def test_an_unfinished_folder_is_not_a_store(tmp_path):
-    with pytest.raises(FileNotFoundError, match="run: .*01_collect_trajectories"):
-        trajectories.Store(tmp_path)
-
-
-# --- prompts and pictures -----------------------------------------------------------------------
-
-
-def test_prompts_are_the_lines_that_hold_something(tmp_path):
-    (tmp_path / "p.txt").write_text("a dog\n\n  a cät \n   \n", encoding="utf-8")
-    assert trajectories.read_prompts(tmp_path / "p.txt") == ["a dog", "a cät"]
-
-
-def test_a_prompt_file_that_is_missing_or_empty_is_named(tmp_path):
-    (tmp_path / "empty.txt").write_text("\n \n")
-    with pytest.raises(ValueError, match="empty.txt"):
-        trajectories.read_prompts(tmp_path / "empty.txt")
-    with pytest.raises(FileNotFoundError, match="absent.txt.*'scenes'"):
-        trajectories.read_prompts(tmp_path / "absent.txt")
-
-
-def test_pictures_keep_orientation_and_proportion():
-    image = np.zeros((2, 4, 3))
-    image[0, 3] = [1, 0.5, 2]
-    small, large = trajectories.to_pil(image), trajectories.to_pil(image, 6)
-    assert small.size == (4, 2) and small.getpixel((3, 0)) == (255, 128, 255)
-    assert large.size == (12, 6) and large.getpixel((11, 2)) == (255, 128, 255) and large.getpixel((11, 3)) == (0, 0, 0)
+    blocks = ["transformer_blocks.0", "transformer_blocks.1", "single_transformer_blocks.0", "single_transformer_blocks.1"]
+    assert list(trajectories.hookpoints(built("flux"), "a dog", **SAMPLING).items()) == [(b, (4, 4, 32)) for b in blocks]

@@ -1,0 +1,85 @@
+"""Predictors, SAE and manifest in one folder or one name on the Hugging Face hub: all that a colleague needs to steer.
+
+    Bundle.from_run("sd15").push_to_hub("me/sd15-residual-sae")
+    bundle = Bundle.from_pretrained("me/sd15-residual-sae")
+
+Weights are one safetensors file, settings one config.json; saving, loading and uploading are huggingface_hub's own mixin.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+from huggingface_hub import PyTorchModelHubMixin
+
+from helpers import runs
+from helpers.files import load_json
+from helpers.predictors import Predictors
+from helpers.sae import SAE
+
+# of a collection's manifest, what is needed to listen and to steer where it was recorded
+TOLD = ("model", "model_dtype", "revision", "hookpoint", "signal", "branch", "steps", "timesteps", "sigmas", "scheduler", "sampling", "grid", "channels", "versions")
+
+
+class Bundle(torch.nn.Module, PyTorchModelHubMixin, library_name="residualized-temporal-saes", tags=["sparse-autoencoder", "diffusion", "interpretability"], license="mit", paper_url="https://arxiv.org/abs/2605.27813"):  # fmt: skip
+    """An SAE on residualized trajectories with the predictors it stands on.
+
+    Attributes
+    ----------
+    sae : SAE
+    manifest : dict
+        Where it listens: model, revision, hookpoint, signal, branch, steps, timesteps, sampling, grid.
+    """
+
+    def __init__(self, manifest: dict, n_latents: int, k: int):
+        super().__init__()
+        S, d = len(manifest["steps"]), manifest["channels"]
+        self.manifest = manifest
+        self.sae = SAE(S * d, n_latents, k)
+        for name, shape in {"mu": (S, d), "scale": (S,), "A": (S, d, d), "b": (S, d), "rho": (S,), "strength": (S,)}.items():
+            self.register_buffer(name, torch.zeros(shape))
+
+    @property
+    def predictors(self) -> Predictors:
+        return Predictors(*(getattr(self, f.name) for f in fields(Predictors)))
+
+    @classmethod
+    def _from_pretrained(cls, *, strict: bool = True, **kwargs):
+        """The mixin's, but a missing tensor is an error."""
+        return super()._from_pretrained(strict=strict, **kwargs)
+
+    @staticmethod
+    def from_run(run: str) -> Bundle:
+        """The bundle of a run folder, after 03; FileNotFoundError or ValueError names what is missing or does not belong together."""
+        folder = runs.run_folder(run)
+        path = folder / "trajectories" / "manifest.json"
+        manifest = {name: value for name, value in load_json(path).items() if name in TOLD}
+        if Path(manifest.get("model", "")).is_absolute():  # where it lay on this machine is nobody's business
+            manifest["model"] = Path(manifest["model"]).name
+        fitted, made_from = Predictors.load(folder / "predictors.safetensors")
+        runs.require_same(made_from, "trajectories", path, "02_fit_predictors")
+        sae, record = SAE.load(folder / "sae.safetensors")
+        runs.require_same(record, "predictors", folder / "predictors.safetensors", "03_train_residual_sae")
+        bundle = Bundle(manifest=manifest, n_latents=sae.n_latents, k=sae.k)
+        bundle.sae = sae
+        for f in fields(Predictors):
+            setattr(bundle, f.name, getattr(fitted, f.name))
+        return bundle.eval()
+
+    @torch.no_grad()
+    def encode(self, h: torch.Tensor) -> torch.Tensor:
+        """Raw activations (…, step, channel), of any precision and device -> codes (…, latent)."""
+        y = self.predictors.residualize(self.predictors.standardise(h.to(self.mu)))
+        return self.sae.encode(y.reshape(-1, y.shape[-1])).view(*y.shape[:-1], -1)
+
+    @torch.no_grad()
+    def decode(self, codes: torch.Tensor) -> torch.Tensor:
+        """Codes (…, latent) -> raw activations (…, step, channel)."""
+        return self.predictors.unstandardise(self.predictors.restore(self.sae.decode(codes)))
+
+    @torch.no_grad()
+    def feature_trajectories(self) -> torch.Tensor:
+        """u of every latent, (latent, step, channel), standardised units; see `Predictors.feature_trajectories`."""
+        return self.predictors.feature_trajectories(self.sae.W_dec)
