@@ -76,15 +76,16 @@ def accumulate(shards, shift: torch.Tensor | None = None, device: str = "cpu") -
     device = "cpu" if str(device).startswith("mps") else device
     shift, moments = None if shift is None else shift.to(device), None
     for h in shards:
-        h = h.to(device).double().permute(1, 0, 2, 3).flatten(1, 2)  # step, trajectory, channel
-        if not torch.isfinite(h).all():
-            raise ValueError("the recorded activations hold NaN or infinity; collect them again with store_dtype 'float32'")
+        h = h.permute(1, 0, 2, 3).to(device, torch.float64, copy=True, memory_format=torch.contiguous_format).flatten(1, 2)  # step, trajectory, channel
         if shift is None:
             shift = h.mean(1)
-        h = h - shift[:, None]
+        h -= shift[:, None]
+        total = h.sum(1)
+        if not torch.isfinite(total).all():
+            raise ValueError("the recorded activations hold NaN or infinity; collect them again with store_dtype 'float32'")
         cross = h.new_zeros(len(h), h.shape[2], h.shape[2])
         cross[1:] = h[:-1].transpose(1, 2) @ h[1:]
-        part = Moments(shift, h.shape[1], h.sum(1), _squares(h), cross)
+        part = Moments(shift, h.shape[1], total, _squares(h), cross)
         moments = part if moments is None else moments + part
     if moments is None:
         raise ValueError("there are no trajectories to fit on; the split is empty, so give it at least one prompt")

@@ -138,7 +138,8 @@ def train(
         "dead_after": dead_after, "seed": seed, "dtype": str(dtype).removeprefix("torch."), "accumulate": accumulate,
     }  # fmt: skip
     sae = SAE(d_in, n_latents, k, seed).to(device)
-    parameters = (sae.W_enc, sae.W_dec, sae.b_enc, sae.b_dec)
+    rows_enc = torch.nn.Parameter(sae.W_enc.data.T)  # the same memory, (n_latents, d_in) and contiguous, as fused Adam likes it
+    parameters = (rows_enc, sae.W_dec, sae.b_enc, sae.b_dec)
     for p in parameters:
         p.grad = torch.zeros_like(p)
     fused = torch.device(device).type in ("cpu", "cuda")
@@ -163,7 +164,7 @@ def train(
             group["lr"] = learning_rate * rate
         dead = (since_fired >= dead_after).nonzero().flatten()
         chunks = y.chunk(accumulate)
-        parts = [_backward(sae, part, dead, aux_coefficient, 1 / len(chunks), i > 0, dtype, accelerator) for i, part in enumerate(chunks)]
+        parts = [_backward(sae, rows_enc, part, dead, aux_coefficient, 1 / len(chunks), i > 0, dtype, accelerator) for i, part in enumerate(chunks)]
         fvu = sum(p.fvu for p in parts) / len(parts)
         if not torch.isfinite(fvu):
             where = "the batch holds NaN or infinity; look at the recorded activations" if not torch.isfinite(y).all() else f"the loss is {fvu.item()}; lower learning_rate (now {learning_rate})"
@@ -213,14 +214,13 @@ class _Part:
 
 
 @torch.no_grad()
-def _backward(sae: SAE, y, dead, aux_coefficient, weight, add: bool, dtype, accelerator) -> _Part:
-    """Gradients of weight · (FVU + auxiliary loss) on one batch, put into (or added to) the parameters' `.grad`.
+def _backward(sae: SAE, rows_enc, y, dead, aux_coefficient, weight, add: bool, dtype, accelerator) -> _Part:
+    """Gradients of weight · (FVU + auxiliary loss) on one batch, put into (or added to) the `.grad` of `rows_enc`, W_dec, b_enc and b_dec.
 
     With Z the sparse matrix of kept codes, e = y - b_dec - Z W_dec and G = dFVU/dy_hat = -2 e / Σ (y - mean)², the gradients are
     dZ = G W_decᵀ at the kept places, dW_dec = Zᵀ G, dW_encᵀ = dZᵀ (y - b_dec), db_enc = Σ dZ, db_dec = Σ G - W_enc db_enc.
     """
     n, m = len(y), sae.n_latents
-    rows_enc = sae.W_enc.T  # (n_latents, d_in), contiguous
     centred = y - sae.b_dec
     if dtype == torch.float32:
         pre = torch.addmm(sae.b_enc, centred, sae.W_enc)
@@ -238,9 +238,9 @@ def _backward(sae: SAE, y, dead, aux_coefficient, weight, add: bool, dtype, acce
         left = _sum(accelerator, error.pow(2).sum())
         G = error * (-2 * weight / spread)
         d_codes = torch.sparse.sampled_addmm(Z, G, sae.W_dec.T, beta=0).values()
-        order = torch.sort(latent, stable=True).indices  # the same matrices, latent by latent
+        order = torch.sort(latent.int(), stable=True).indices  # the same matrices, latent by latent
         starts = torch.searchsorted(latent[order], torch.arange(m + 1, device=y.device))
-        for grad, values, other in ((sae.W_dec.grad, codes, G), (sae.W_enc.grad.T, d_codes, centred)):
+        for grad, values, other in ((sae.W_dec.grad, codes, G), (rows_enc.grad, d_codes, centred)):
             torch.addmm(grad, torch.sparse_csr_tensor(starts, row[order], values[order], (m, n)), other, beta=float(add), out=grad)
     zeros = torch.zeros(m, device=y.device)
     d_b_enc, along = zeros.index_add(0, latent, d_codes), zeros.index_add(0, latent, codes * d_codes)
@@ -252,7 +252,7 @@ def _backward(sae: SAE, y, dead, aux_coefficient, weight, add: bool, dtype, acce
         d_z = (G_dead @ sae.W_dec[dead].T) * (z > 0)
         d_W_dec = z.T @ G_dead
         sae.W_dec.grad[dead] += d_W_dec
-        sae.W_enc.grad.T[dead] += d_z.T @ centred
+        rows_enc.grad[dead] += d_z.T @ centred
         d_b_enc[dead] += d_z.sum(0)
         along[dead] += torch.linalg.vecdot(d_W_dec, sae.W_dec[dead])
     d_b_dec = G.sum(0) - d_b_enc @ rows_enc
@@ -285,8 +285,8 @@ def _largest(flat: torch.Tensor, n: int, accelerator) -> tuple[torch.Tensor, tor
 @torch.no_grad()
 def _update(sae: SAE, optimiser, along, accelerator) -> None:
     """One step of Adam; decoder rows stay of unit norm, so the gradient along them is taken off first."""
-    for p in (sae.W_enc, sae.W_dec, sae.b_enc, sae.b_dec):
-        p.grad = p.grad if accelerator is None else _sum(accelerator, p.grad.T.contiguous()).T if p is sae.W_enc else _sum(accelerator, p.grad)
+    for p in optimiser.param_groups[0]["params"]:
+        p.grad = _sum(accelerator, p.grad)
     sae.W_dec.grad.addcmul_(sae.W_dec, _sum(accelerator, along)[:, None], value=-1)
     optimiser.step()
     sae.W_dec /= torch.linalg.vector_norm(sae.W_dec, dim=1, keepdim=True)
@@ -309,5 +309,5 @@ def _resume(path, sae, optimiser, since_fired) -> tuple[int, History]:
         since_fired.copy_(tensors["since_fired"])
         for i, p in enumerate(optimiser.param_groups[0]["params"]):
             state = {name.split(".")[-1]: v for name, v in tensors.items() if name.startswith(f"adam.{i}.")}
-            optimiser.state[p] = {name: v.to(p.device) if v.ndim == 0 else torch.empty_like(p).copy_(v) for name, v in state.items()}
+            optimiser.state[p] = {name: v.to(p.device) for name, v in state.items()}
     return saved["done"], History(**saved["history"])

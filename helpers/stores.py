@@ -352,15 +352,30 @@ class Store:
             buffers = self._buffers(split, seed, start * batch_size, buffer_bytes)
             ahead, left = reader.submit(next, buffers), None
             while True:
-                buffer = ahead.result()
+                buffer, rows = ahead.result()
                 ahead = reader.submit(next, buffers)
-                buffer = buffer if left is None else torch.cat([left, buffer])
-                for i in range(0, len(buffer) - batch_size + 1, batch_size):
-                    yield buffer[i : i + batch_size][part].float()
-                left = buffer[len(buffer) - len(buffer) % batch_size :]
+                first = 0
+                if left is not None:  # a batch that began in the buffer before
+                    first = batch_size - len(left)
+                    left = torch.cat([left, self._gather(buffer, rows[:first])])
+                    if len(left) == batch_size:
+                        yield left[part].float()
+                        left = None
+                while left is None and first + batch_size <= len(rows):
+                    yield self._gather(buffer, rows[first : first + batch_size][part]).float()
+                    first += batch_size
+                if left is None and first < len(rows):
+                    left = self._gather(buffer, rows[first:])
+
+    def _gather(self, buffer: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Trajectories (row, step, channel) of a buffer (image, step, token, channel); a row is image · tokens + token."""
+        _, S, n_tokens, d = buffer.shape
+        first = (rows // n_tokens) * S * n_tokens + rows % n_tokens
+        places = first[:, None] + torch.arange(S) * n_tokens
+        return buffer.view(-1, d).index_select(0, places.flatten()).view(len(rows), S, d)
 
     def _buffers(self, split, seed, position, buffer_bytes):
-        """Endless shuffled buffers of trajectories, as stored, (trajectory, step, channel), from a position in the stream on."""
+        """Endless buffers of images (image, step, token, channel), as stored, each with its trajectories in a random order, from a position in the stream on."""
         places = [(i, j) for i in self._shards_of(split) for j in range(len(self.manifest["images_of_shard"][i]))]
         per_image = self.tokens_kept(split)
         at_once = max(1, buffer_bytes // bytes_per_image(self.n_steps, per_image, self.channels, self.dtype))
@@ -376,16 +391,15 @@ class Store:
                     position -= rows
                     continue
                 buffer = whole if small else self._read([places[i] for i in chosen], per_image)
-                mixed = torch.from_numpy(np.random.default_rng([seed, epoch, b]).permutation(rows)[position:])
+                yield buffer, torch.from_numpy(np.random.default_rng([seed, epoch, b]).permutation(rows)[position:])
                 position = 0
-                yield buffer[mixed]
             epoch += 1
 
     def _read(self, places, per_image) -> torch.Tensor:
-        """Trajectories of images at places (shard, row), (place · token, step, channel)."""
-        out = torch.empty(len(places), per_image, self.n_steps, self.channels, dtype=self.dtype)
+        """Activations of images at places (shard, row), (place, step, token, channel)."""
+        out = torch.empty(len(places), self.n_steps, per_image, self.channels, dtype=self.dtype)
         for i in sorted({i for i, _ in places}):
             rows = [(n, j) for n, (shard, j) in enumerate(places) if shard == i]
             for (n, _), h in zip(rows, load_rows(self._shard(i), "h", [j for _, j in rows])):
-                out[n] = h.transpose(0, 1)
-        return out.flatten(0, 1)
+                out[n] = h
+        return out
