@@ -76,10 +76,13 @@ def steps_of(scheduler) -> torch.Tensor:
     return listed[torch.searchsorted(step, torch.arange(int(step.max()) + 1), right=True) - 1]
 
 
-def _step(given, scheduler) -> tuple[int, float]:
+def _step(given, scheduler, listed, step) -> tuple[int, float]:
     """Index of the step whose timestep the denoiser was given, and that value; some pipelines hand over timestep / 1000."""
+    own = getattr(scheduler, "timesteps", scheduler)
+    if all(isinstance(t, torch.Tensor) for t in (given, own)) and given.untyped_storage().data_ptr() == own.untyped_storage().data_ptr():
+        at = (given.storage_offset() - own.storage_offset()) // own.stride(0)  # an entry of the list itself: a GPU need not be waited for
+        return int(step[at]), float(listed[at])
     given = torch.as_tensor(given).flatten()[0].cpu()
-    listed, step = numbered(scheduler)
     listed = listed.to(given.dtype) if given.is_floating_point() else listed  # half precision rounds the timesteps, too
     trained = getattr(getattr(scheduler, "config", None), "num_train_timesteps", 1000)
     far = [(table - given).abs().double() / (table.abs().double() + 1e-3 * table.abs().max()) for table in (listed, listed / trained)]
@@ -111,7 +114,7 @@ class _Sampling:
         self.patch = getattr(getattr(denoiser, "config", None), "patch_size", None)
         self.reversed = type(denoiser).__name__ in CONDITIONAL_FIRST
         self.scheduler, self.n_images = scheduler, n_images
-        self.step = self.latents = None
+        self.step = self.latents = self.listed = None
 
     def note(self, args, kwargs) -> None:
         given = self.signature.bind_partial(*args, **kwargs).arguments
@@ -119,7 +122,10 @@ class _Sampling:
         latents = given[next((n for n in ("sample", "hidden_states") if n in given), names[0])]
         timestep = given[next((n for n in ("timestep", "timesteps", "t", "sigma") if n in given), names[1 % len(names)])]
         before, self.step_before = self.latents, self.step
-        self.step, self.timestep = _step(timestep, self.scheduler)
+        listed = getattr(self.scheduler, "timesteps", self.scheduler)
+        if listed is not self.listed:  # set anew by each call of a pipeline
+            self.listed, self.numbers = listed, numbered(self.scheduler)
+        self.step, self.timestep = _step(timestep, self.scheduler, *self.numbers)
         same_step = self.step == self.step_before
         same_latents = same_step and before is not None and before.shape == latents.shape and torch.equal(before, latents)
         # the same latents again are guidance's other branch, other latents are the solver's second look

@@ -144,6 +144,8 @@ def main() -> None:
             collect(parameters, shard_index=given.shard_index, num_shards=given.num_shards)
         else:
             {"moments": moments, "train": train}[given.job](parameters)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{given.job}: done; this process held at most {runs.peak_memory(runs.choose_device(parameters['device']))}", flush=True)
         if accelerator := _accelerator(parameters):
             accelerator.wait_for_everyone()
             torch.distributed.destroy_process_group()  # else gloo may abort at exit, and NCCL complains

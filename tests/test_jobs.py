@@ -330,7 +330,7 @@ def test_afterwards_one_process_finds_it_done(run, launched, monkeypatch):
 
 def test_only_the_first_of_two_processes_shows_its_progress(launched):
     _, out, err = launched
-    assert out == "moments of 96\n"
+    assert "moments of 96\n" in out and out.count("train: done; this process held at most") == 1
     assert err.count("collecting:   0%") == 1 and err.count("SAE: 100%") == 1
     assert "Traceback" not in err and "Warning" not in err
 
