@@ -242,6 +242,9 @@ def execute(name: str) -> list[Path]:
             raise RuntimeError(f"{notebook.stem} stopped: {error.evalue or error.ename}") from None
         after = _snapshot(folder, figures)
         written = {str(p.relative_to(ROOT) if p.is_relative_to(ROOT) else p) for p, t in after.items() if before.get(p) != t}
+        for stale in (ROOT / p for p in earlier - written):
+            if stale.is_relative_to(figures):  # plots are always drawn anew: this one belongs to other parameters
+                stale.unlink(missing_ok=True)
         files = {p: digest(ROOT / p) for p in sorted(written | earlier) if (ROOT / p).exists()}
         save_json(stamp, {"code": code, "files": files, "seconds": round(time.perf_counter() - start, 1)})
     return copies
@@ -267,9 +270,12 @@ def publish(copies: list[Path]) -> None:
 
 
 def publish_metrics(run: str) -> None:
-    """Copy a run's metrics beside its figures, and write the README's results table from them."""
+    """Copy a run's metrics beside its figures, leave only its own plots there, and write the README's results table."""
     from helpers import report
 
+    made = {ROOT / p for stamp in (run_folder(run) / "done").glob("*.json") for p in load_json(stamp)["files"]}
+    for plot in (p for p in figures_folder(run).glob("*.p??") if p not in made):
+        plot.unlink()  # of an earlier run
     for path in sorted((run_folder(run) / "metrics").glob("0[1-9]_*.json")):
         save_json(figures_folder(run) / "metrics" / path.name, load_json(path))
     table = report.results_table(figures_folder(run) / "metrics", figures_folder("demo_model") / "metrics")

@@ -277,6 +277,18 @@ def test_execute_runs_again_what_a_parameter_touches(two_notebooks):
     assert ran(project) == ["first", "second"]
 
 
+def test_a_plot_of_other_parameters_does_not_stay(two_notebooks):
+    project, figures = two_notebooks, two_notebooks / "figures" / "tiny"
+    notebook = project / "notebooks" / "02_second.ipynb"
+    cells = json.loads(notebook.read_text())["cells"]
+    draw = "import pathlib\npathlib.Path('figures/tiny').mkdir(parents=True, exist_ok=True)\npathlib.Path(f'figures/tiny/{scale}.png').write_text('plot')"
+    write_notebook(notebook, [*cells, code(draw)])
+    for scale in ("x", "y"):
+        parameters(project, run="tiny", count=3, scale=scale)
+        runs.execute("tiny")
+        assert [p.name for p in figures.iterdir()] == [f"{scale}.png"]
+
+
 def test_a_notebook_that_fails_is_named_and_not_taken_for_done(two_notebooks):
     project = two_notebooks
     notebook = project / "notebooks" / "02_second.ipynb"
