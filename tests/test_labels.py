@@ -83,3 +83,17 @@ def test_words_are_those_neither_rare_nor_everywhere():
 def test_only_the_commonest_words_are_taken(most):
     made = labels.from_words(["dog cat", "dog cat", "dog", "x", "x", "x", "x"], 1, most)
     assert made.names == ["word=dog", "word=cat"][:most]
+
+
+def test_classes_by_number_are_words_too():
+    assert labels.from_words(["207", "3", "207", "9"], 1).names == ["word=207", "word=3", "word=9"]
+
+
+@pytest.mark.parametrize("prompts", [["", "", ""], ["a dog", "a dog", "a dog"]])
+def test_without_telling_words_a_token_is_in_the_upper_or_the_lower_half(prompts):
+    made = labels.from_words(prompts, 6)
+    assert made.names == ["half=upper", "half=lower"]
+    assert made.at_tokens().tolist() == [[[True, False]] * 3 + [[False, True]] * 3] * 3
+    assert made.of_kind(made.kind_of(0)).all()
+    mixed = made.shuffled(np.random.default_rng(0))
+    assert (mixed.owner == made.owner).all() and mixed.has.sum() == 6
