@@ -18,7 +18,7 @@ test: .venv/installed
 	rm -rf runs/smoke runs/smoke_demo_model
 	$(BIN)/python -m pytest --nbmake --nbmake-timeout=300 notebooks
 
-# Stable Diffusion 1.5 at full size with random weights through every notebook: 10 GB of memory, 5 GB of disk, about ten minutes.
+# Stable Diffusion 1.5 at full size with random weights, images of 128 × 192, through every notebook: 10 GB of memory, 5 GB of disk, about ten minutes.
 slow: .venv/installed
 	$(BIN)/python -m pytest tests -m slow -s
 

@@ -342,19 +342,19 @@ def save(pipe, folder) -> int:
 # --- judging ------------------------------------------------------------------------------------
 
 
-def scenes_to_judge(n: int, seed: int) -> list[scenes.Scene]:
-    """n different scenes that training never saw: a quarter each of {unseen, held_out} × {one, two objects}.
+def scenes_to_judge(n_captions: int, seed: int) -> list[scenes.Scene]:
+    """`n_captions` different scenes that training never saw: a quarter each of {unseen, held_out} × {one, two objects}.
 
-    Raises ValueError unless n is a multiple of 4 from 4 to 1200: the world has no more unseen one-object scenes.
+    Raises ValueError unless it is a multiple of 4 from 4 to 1200: the world has no more unseen one-object scenes.
     """
-    require("n", n, 4, 1200)
-    if n % 4:
-        raise ValueError(f"n is {n}; it must be a multiple of 4")
+    require("n_captions", n_captions, 4, 1200)
+    if n_captions % 4:
+        raise ValueError(f"n_captions is {n_captions}; it must be a multiple of 4")
     rng = np.random.default_rng([seed, 4])
     chosen: dict[scenes.Scene, None] = {}  # a set that keeps its order
     for split in ("unseen", "held_out"):
         for two in (0.0, 1.0):
-            full = len(chosen) + n // 4
+            full = len(chosen) + n_captions // 4
             while len(chosen) < full:
                 chosen |= dict.fromkeys(scenes.sample(1, rng, (split,), two))
     return list(chosen)
@@ -370,6 +370,11 @@ def judge(wanted: list[scenes.Scene], readings: list[scenes.Reading]) -> dict[st
     """`scenes.judge` for many: attribute -> share of each scene's objects that are right, (n,)."""
     each = [scenes.judge(s, r) for s, r in zip(wanted, readings, strict=True)]
     return {attribute: np.array([j[attribute] for j in each]) for attribute in each[0]}
+
+
+def estimate(shares: np.ndarray, seed: int = 0) -> metrics.Estimate:
+    """Mean over scenes of what `judge` gives: with Wilson's interval where every scene is right or wrong, else by resampling scenes."""
+    return metrics.share(shares == 1) if np.isin(shares, (0, 1)).all() else metrics.mean(shares, seed=seed)
 
 
 def evaluate(pipe, wanted: list[scenes.Scene], seeds, batch_size: int = 50, **sampling):
@@ -400,7 +405,7 @@ def by_chance(wanted: list[scenes.Scene], readings: list[scenes.Reading]) -> dic
 def against_aims(judgements: dict[str, np.ndarray], wanted: list[scenes.Scene]) -> dict[str, tuple[metrics.Estimate, float, bool]]:
     """What was measured, the aim, and whether it is met, for each of `AIMS`; met means the measured share reaches it."""
     one = np.array([len(s.objects) == 1 for s in wanted])
-    measured = {a: metrics.mean(judgements[a][one] if a == "all" else judgements[a]) for a in AIMS}
+    measured = {a: estimate(judgements[a][one] if a == "all" else judgements[a]) for a in AIMS}
     return {a: (e, AIMS[a], e.value >= AIMS[a]) for a, e in measured.items()}
 
 

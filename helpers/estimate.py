@@ -10,6 +10,7 @@ prints). GPU memory is that of weights and denoiser; decoding a batch of picture
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import weakref
 
@@ -19,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from helpers import jobs, runs, stores, trajectories
+from helpers.files import in_units
 from helpers.hooks import denoiser_of
 
 
@@ -69,6 +71,10 @@ def one_call(pipe, prompt: str, taps, **sampling) -> tuple[dict, float, int]:
 def estimate(name: str, pipe=None, tflops: float = 60.0) -> dict:
     """Figures for a parameter file; the model is loaded unless a pipeline is given. Bytes, hours, operations."""
     p, sae = runs.parameters_for("01", name), runs.parameters_for("03", name)
+    jobs.require("collect", p)
+    jobs.require("train", sae)
+    if not 0 < tflops < math.inf:
+        raise ValueError(f"tflops is {tflops}; it must be a number above 0")
     pipe = pipe or runs.load_pipeline(p["model"], p["device"], p["dtype"], p["revision"])
     half = runs.choose_dtype(p["dtype"], torch.float16).itemsize / next(denoiser_of(pipe).parameters()).element_size()
     sampling, taps = jobs.sampling_of(p), jobs.taps_of(p)
@@ -100,17 +106,10 @@ def estimate(name: str, pipe=None, tflops: float = 60.0) -> dict:
 
 def say(figures: dict) -> str:
     """The figures in words, a line each."""
-
-    def in_units(value, unit):
-        for prefix, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-            if value >= size:
-                return f"{value / size:,.2f} {prefix}{unit}"
-        return f"{value} {unit}"
-
     lines = []
     for name, value in figures.items():
         if "disk" in name or "memory" in name:
-            shown = in_units(value, "B")
+            shown = in_units(value)
         else:
             shown = in_units(value, "FLOP") if "operations" in name else f"{value:,.2f}" if "hours" in name else f"{value:,}"
         lines.append(f"{name:32} {shown:>14}")

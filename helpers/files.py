@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import secrets
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -16,9 +16,11 @@ from safetensors.torch import save_file
 
 def _replace(path: Path, write) -> None:
     """Let `write(aside)` make the file, then rename it over `path`; a failure leaves `path` as it was."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; a file is to be written there, so move the folder or choose another one")
     aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")  # a process id may be another machine's, too
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write(aside)
         with open(aside, "rb") as f:
             os.fsync(f.fileno())
@@ -30,7 +32,8 @@ def _replace(path: Path, write) -> None:
             raise OSError(f"{path} could not be written ({error}); free some disk space or choose another folder") from error
         raise
     finally:
-        aside.unlink(missing_ok=True)
+        with suppress(OSError):  # where nothing can be written, nothing can be removed, and the first error says more
+            aside.unlink(missing_ok=True)
 
 
 def digest(path: str | Path) -> str:
@@ -39,8 +42,25 @@ def digest(path: str | Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
+def in_units(value: float, unit: str = "B") -> str:
+    """A size in words, '41.00 GB'."""
+    for prefix, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{value / size:,.2f} {prefix}{unit}"
+    return f"{value} {unit}"
+
+
+def _content(tensors: dict[str, torch.Tensor], record: dict) -> str:
+    """SHA-256 of tensors, their names, types and shapes, and of the record beside them."""
+    found = hashlib.sha256(json.dumps(record, sort_keys=True).encode())
+    for name, t in sorted(tensors.items()):
+        found.update(json.dumps([name, str(t.dtype), list(t.shape)]).encode())
+        found.update(t.reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()
+
+
 def save_tensors(path: str | Path, tensors: dict[str, torch.Tensor], record: dict | None = None) -> None:
-    """Write tensors, and a JSON-able `record` in the file's metadata, as one safetensors file, atomically.
+    """Write tensors, a JSON-able `record` and the SHA-256 of both, in the file's metadata, as one safetensors file, atomically.
 
     Raises
     ------
@@ -48,12 +68,16 @@ def save_tensors(path: str | Path, tensors: dict[str, torch.Tensor], record: dic
         The file cannot be written (full disk, no permission); what stood at `path` is untouched.
     """
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    metadata = {"record": json.dumps(record or {}, sort_keys=True)}
+    record = json.loads(json.dumps(record or {}))  # as it will come back
+    # all under one key: safetensors writes several in an order of its own, another each time
+    metadata = {"record": json.dumps(record | {"sha256": _content(tensors, record)}, sort_keys=True)}
     _replace(Path(path), lambda aside: save_file(tensors, aside, metadata))
 
 
 def load_tensors(path: str | Path, names=None) -> tuple[dict[str, torch.Tensor], dict]:
     """Read what `save_tensors` wrote: tensors on the CPU (all, or those of `names`), and the record.
+
+    All of them are held against the SHA-256 that the file keeps, if it keeps one; some of them are not.
 
     Raises
     ------
@@ -62,7 +86,11 @@ def load_tensors(path: str | Path, names=None) -> tuple[dict[str, torch.Tensor],
     """
     with _opened(path) as f:
         tensors = {name: f.get_tensor(name) for name in (f.keys() if names is None else names)}
-        return tensors, json.loads((f.metadata() or {}).get("record", "{}"))
+        record = json.loads((f.metadata() or {}).get("record", "{}"))
+    written = record.pop("sha256", None)
+    if names is None and written not in (None, _content(tensors, record)):
+        raise ValueError(f"{path} is damaged (its contents are not those that were written); delete it and run the notebook that writes it again")
+    return tensors, record
 
 
 def load_rows(path: str | Path, name: str, rows: list[int]) -> list[torch.Tensor]:
@@ -72,11 +100,18 @@ def load_rows(path: str | Path, name: str, rows: list[int]) -> list[torch.Tensor
         return [tensor[row] for row in rows]
 
 
-@contextmanager
-def _opened(path: str | Path):
+def _present(path: str | Path) -> Path:
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; run the notebook that writes it first")
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; a file is needed there, so move the folder and run the notebook that writes the file")
+    return path
+
+
+@contextmanager
+def _opened(path: str | Path):
+    path = _present(path)
     try:
         with safe_open(path, "pt") as f:
             yield f
@@ -96,9 +131,7 @@ def save_json(path: str | Path, record) -> None:
 
 def load_json(path: str | Path):
     """Read a JSON file; a missing or damaged one raises FileNotFoundError or ValueError with its name."""
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist; run the notebook that writes it first")
+    path = _present(path)
     try:
         return json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import re
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -21,6 +22,9 @@ SIGNALS = ("output", "input", "update")
 BRANCHES = ("conditional", "unconditional")
 # under guidance most pipelines put the unconditional rows first; these put them last
 CONDITIONAL_FIRST = ("DiTTransformer2DModel", "StableCascadeUNet", "WuerstchenPrior")
+# these are given 1 - timestep / 1000, which names another step of the same list
+REVERSED_TIME = ("LuminaNextDiT2DModel", "Lumina2Transformer2DModel", "ZImageTransformer2DModel")
+TEXT_ONLY = r"context|caption|text_|txt_|add_[qkv]_proj|to_add_out|attn2\.to_[kv]"  # names of modules through which no image token goes
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,8 @@ class Call:
 
 def denoiser_of(pipe) -> torch.nn.Module:
     """The network that a diffusers pipeline calls at each step."""
+    if hasattr(pipe, "set_pag_applied_layers"):  # its rows hold a third, perturbed branch, in an order of their own
+        raise ValueError(f"model {type(pipe).__name__} runs perturbed-attention guidance, whose rows are not told apart; valid is the pipeline without PAG")
     for name in ("unet", "transformer"):
         if isinstance(getattr(pipe, name, None), torch.nn.Module):
             return getattr(pipe, name)
@@ -54,7 +60,7 @@ def find(denoiser: torch.nn.Module, hookpoint: str) -> torch.nn.Module:
 def usual(denoiser: torch.nn.Module) -> list[str]:
     """Where one would usually listen: members of the denoiser's lists of blocks, not the blocks within transformer blocks."""
     numbered = [n for n, _ in denoiser.named_modules() if n.split(".")[-1].isdigit() and n.count(".") <= 3]
-    blocks = ("attentions", "resnets", "transformer_blocks", "single_transformer_blocks")
+    blocks = ("attentions", "resnets", "transformer_blocks", "joint_transformer_blocks", "single_transformer_blocks")
     known = [n for n in numbered if "." in n and n.split(".")[-2] in blocks and "transformer_blocks" not in n.split(".")[:-2]]
     return known or numbered
 
@@ -65,9 +71,13 @@ def numbered(scheduler) -> tuple[torch.Tensor, torch.Tensor]:
     n = getattr(scheduler, "num_inference_steps", None)
     if n == len(listed):  # equal neighbours are two steps: Karras' noise levels, rounded to whole timesteps
         return listed, torch.arange(n)
-    if n and 2 * n - 1 == len(listed):  # two looks a step: Heun, KDPM2
+    prk = getattr(getattr(scheduler, "config", None), "skip_prk_steps", True) is False  # PNDM's Runge-Kutta looks, up to four a step
+    if n and 2 * n - 1 == len(listed) and not prk:  # two looks a step: Heun, KDPM2
         return listed, (torch.arange(2 * n - 1) + 1) // 2
-    return listed, torch.unique_consecutive(listed, return_inverse=True)[1]  # PNDM looks twice at one step
+    step = torch.unique_consecutive(listed, return_inverse=True)[1]  # PNDM looks twice at one step
+    if n and int(step[-1]) + 1 != n and not getattr(scheduler, "custom_timesteps", False):  # with these, n is of the time before
+        raise ValueError(f"scheduler {type(scheduler).__name__} lists {int(step[-1]) + 1} different timesteps for num_inference_steps={n}, so its steps are not told apart; valid is one timestep a step (PNDM: skip_prk_steps=True)")  # fmt: skip
+    return listed, step
 
 
 def steps_of(scheduler) -> torch.Tensor:
@@ -80,18 +90,22 @@ def _step(given, scheduler, listed, step) -> tuple[int, float]:
     """Index of the step whose timestep the denoiser was given, and that value; some pipelines hand over timestep / 1000."""
     own = getattr(scheduler, "timesteps", scheduler)
     if all(isinstance(t, torch.Tensor) for t in (given, own)) and given.untyped_storage().data_ptr() == own.untyped_storage().data_ptr():
-        at = (given.storage_offset() - own.storage_offset()) // own.stride(0)  # an entry of the list itself: a GPU need not be waited for
-        return int(step[at]), float(listed[at])
+        at, off = divmod(given.storage_offset() - own.storage_offset(), own.stride(0) or 1)
+        if off == 0 and 0 <= at < len(own):  # an entry of the list itself: a GPU need not be waited for
+            return int(step[at]), float(listed[at])
     given = torch.as_tensor(given).flatten()[0].cpu()
     listed = listed.to(given.dtype) if given.is_floating_point() else listed  # half precision rounds the timesteps, too
     trained = getattr(getattr(scheduler, "config", None), "num_train_timesteps", 1000)
     far = [(table - given).abs().double() / (table.abs().double() + 1e-3 * table.abs().max()) for table in (listed, listed / trained)]
     distance = min(far, key=lambda f: f.min())
+    tied = far[0].min() == far[1].min()  # 1 is a last timestep of 1, or a first one of 1000, divided
     if distance.min() > 0.5:
         raise ValueError(f"the denoiser was given timestep {float(given):.6g}, which is none of the scheduler's; valid are the timesteps that it lists, {float(listed[0]):.6g} to {float(listed[-1]):.6g}")  # fmt: skip
     nearest = (distance == distance.min()).nonzero().flatten().tolist()
-    at = getattr(scheduler, "step_index", None)  # tells apart those that rounding made equal
-    return int(step[at if at in nearest else nearest[0]]), float(given)
+    either = (torch.minimum(*far) == distance.min()).nonzero().flatten().tolist() if tied else nearest
+    at = getattr(scheduler, "step_index", -1)  # tells apart those that rounding made equal, too
+    at = (getattr(scheduler, "begin_index", None) or 0) if at is None else at  # None before the first step
+    return int(step[at if at in either else nearest[0]]), float(given)
 
 
 def _grid(tokens: int, height: int, width: int) -> tuple[int, int] | None:
@@ -109,11 +123,12 @@ def _grid(tokens: int, height: int, width: int) -> tuple[int, int] | None:
 class _Sampling:
     """What the denoiser's own inputs tell about the running call."""
 
-    def __init__(self, denoiser, scheduler, n_images):
+    def __init__(self, denoiser, scheduler, n_images, image_tokens):
         self.signature = inspect.signature(denoiser.forward)
         self.patch = getattr(getattr(denoiser, "config", None), "patch_size", None)
         self.reversed = type(denoiser).__name__ in CONDITIONAL_FIRST
-        self.scheduler, self.n_images = scheduler, n_images
+        self.registers = denoiser.register_tokens.shape[1] if type(denoiser).__name__.startswith("AuraFlow") else 0  # before the text
+        self.scheduler, self.n_images, self.image_tokens = scheduler, n_images, image_tokens
         self.step = self.latents = self.listed = None
 
     def note(self, args, kwargs) -> None:
@@ -121,11 +136,19 @@ class _Sampling:
         names = list(given)
         latents = given[next((n for n in ("sample", "hidden_states") if n in given), names[0])]
         timestep = given[next((n for n in ("timestep", "timesteps", "t", "sigma") if n in given), names[1 % len(names)])]
+        if not isinstance(latents, torch.Tensor):
+            raise ValueError(f"model: its denoiser was given a {type(latents).__name__} for its latents; valid is a forward that names its arguments and takes latents as one tensor")
+        self.ignored = given.get("skip_layers") is not None  # SD 3's skip-layer guidance: neither branch, some blocks left out
+        if self.ignored:
+            return
         before, self.step_before = self.latents, self.step
         listed = getattr(self.scheduler, "timesteps", self.scheduler)
         if listed is not self.listed:  # set anew by each call of a pipeline
-            self.listed, self.numbers = listed, numbered(self.scheduler)
+            self.listed, self.numbers, self.first = listed, numbered(self.scheduler), None
         self.step, self.timestep = _step(timestep, self.scheduler, *self.numbers)
+        self.first = self.step if self.first is None else self.first
+        if self.step_before is not None and self.first != self.step < self.step_before and self.step:  # a new run begins at 0, or where the last one did
+            raise ValueError(f"the denoiser was given timestep {self.timestep:.6g}, step {self.step}, after step {self.step_before}; valid are the timesteps in the order that the scheduler lists them")  # fmt: skip
         same_step = self.step == self.step_before
         same_latents = same_step and before is not None and before.shape == latents.shape and torch.equal(before, latents)
         # the same latents again are guidance's other branch, other latents are the solver's second look
@@ -139,28 +162,32 @@ class _Sampling:
         order = BRANCHES if self.reversed else BRANCHES[::-1]
         self.branches = order if n == 2 else (BRANCHES[min(self.pass_, 1)],)
         text = given.get("encoder_hidden_states")
-        self.text = text.shape[1] if isinstance(text, torch.Tensor) and text.ndim == 3 else 0
-        ids = given.get("img_ids")
+        self.text = text.shape[1] + self.registers if isinstance(text, torch.Tensor) and text.ndim == 3 else 0
+        ids, sizes = given.get("img_ids"), given.get("img_shapes")
         if ids is not None:
-            rows_columns = ids.reshape(-1, ids.shape[-1]).amax(0)[-2:] - ids.reshape(-1, ids.shape[-1]).amin(0)[-2:] + 1
-            self.exact = tuple(int(v) for v in rows_columns)
+            ids = ids.reshape(-1, ids.shape[-1])[:, 1:3]  # Flux: (0, row, column); Flux 2: (image, row, column, layer)
+            self.exact = tuple(int(v) for v in ids.amax(0) - ids.amin(0) + 1)
+        elif sizes:  # Qwen: for each row, (frames, rows, columns) of its images
+            self.exact = tuple((sizes[0][0] if isinstance(sizes[0], list) else sizes[0])[-2:])
         elif latents.ndim == 4 and isinstance(self.patch, int):
             self.exact = (latents.shape[2] // self.patch, latents.shape[3] // self.patch)
         else:
             self.exact = None
+        if self.exact and latents.ndim == 3 and latents.shape[1] != self.exact[0] * self.exact[1]:
+            raise ValueError(f"the denoiser was given {latents.shape[1]} tokens for a grid of {self.exact[0]} × {self.exact[1]}; valid is one image, without reference images beside it")
 
     def fit(self, tensor) -> tuple[tuple[int, int], int] | None:
         """Grid of a tensor's image tokens and how many tokens (of text) stand before them; None if it holds no grid."""
         if tensor.ndim == 4 and len(tensor) == len(self.latents):
             grid, own = tuple(tensor.shape[2:]), tuple(self.latents.shape[2:])
             return (grid, 0) if not self.exact or grid in (self.exact, own) else None  # not the heads of an attention
-        if tensor.ndim != 3:
+        if tensor.ndim != 3 or not self.image_tokens:
             return None
         n = tensor.shape[1]
         if self.exact:
             before = n - self.exact[0] * self.exact[1]
             return (self.exact, before) if before in (0, self.text) else None
-        grid = _grid(n, *self.latents.shape[-2:]) if self.latents.ndim == 4 else _square(n)
+        grid = _grid(n, *self.latents.shape[-2:]) if self.latents.ndim == 4 else None if self.text else _square(n)
         return grid and (grid, 0)
 
 
@@ -180,7 +207,8 @@ def _image_part(module, value, sampling: _Sampling):
     fitting = [c for c in fitting if c[2][1] == 0] or fitting  # without text in front, if there is such a one
     if not fitting:
         return None
-    i, v, fits = fitting[0 if "Attention" in type(module).__name__ else -1]  # two-stream blocks return (text, image), their attention (image, text)
+    image_first = "Attention" in type(module).__name__ or type(module).__name__.startswith("CogView")
+    i, v, fits = fitting[0 if image_first else -1]  # two-stream blocks return (text, image), CogView's and attention (image, text)
     return i, v, *fits
 
 
@@ -223,16 +251,20 @@ def listen(denoiser: torch.nn.Module, scheduler, hookpoint: str, on_call, *, n_i
     Raises
     ------
     ValueError
-        No such hookpoint or signal, no grid of tokens there, or a compiled model, under which hooks do not run.
+        No such hookpoint or signal, no grid of tokens there, a compiled model, under which hooks do not run, or a model or
+        a loop whose timesteps do not say which step is running.
 
     Hooks are removed when the context ends, whatever ended it.
     """
     if signal not in SIGNALS:
         raise ValueError(f"signal {signal!r} is not one of {', '.join(SIGNALS)}")
-    if any(getattr(m, "_compiled_call_impl", None) is not None or hasattr(m, "_orig_mod") for m in denoiser.modules()):
+    if any(getattr(m, "_compiled_call_impl", None) is not None or hasattr(m, "_orig_mod") or hasattr(getattr(m, "forward", None), "_torchdynamo_orig_callable") for m in denoiser.modules()):
         raise ValueError("model: its denoiser is compiled by torch.compile, under which hooks are passed over; valid is the model before compiling (`._orig_mod`)")
+    if type(denoiser).__name__ in REVERSED_TIME:
+        raise ValueError(f"model: its denoiser {type(denoiser).__name__} is given 1 - timestep / 1000, which is not read here; valid are denoisers that are given the scheduler's timesteps, or these / 1000")
     module = find(denoiser, hookpoint)
-    sampling = _Sampling(denoiser, scheduler, n_images)
+    image_tokens = not re.search(TEXT_ONLY, hookpoint) and not isinstance(module, torch.nn.GroupNorm)  # its three axes are (row, channel, token)
+    sampling = _Sampling(denoiser, scheduler, n_images, image_tokens)
     inputs: dict = {}
 
     def unfit(value):
@@ -245,6 +277,8 @@ def listen(denoiser: torch.nn.Module, scheduler, hookpoint: str, on_call, *, n_i
         return Call(sampling.step, sampling.timestep, sampling.repeated, grid, sampling.branches)
 
     def before(_, args, kwargs):
+        if sampling.ignored:
+            return None
         key = "hidden_states" if "hidden_states" in kwargs else next((i for i, a in enumerate(args) if isinstance(a, torch.Tensor)), None)
         value = kwargs[key] if key == "hidden_states" else args[key] if key is not None else None
         fits = sampling.fit(value) if value is not None else None
@@ -262,6 +296,8 @@ def listen(denoiser: torch.nn.Module, scheduler, hookpoint: str, on_call, *, n_i
         return (*args[:key], new, *args[key + 1 :]), kwargs
 
     def after(_, __, output):
+        if sampling.ignored:
+            return None
         part = _image_part(module, output, sampling)
         if part is None:
             return unfit(output)

@@ -12,6 +12,7 @@ share a disk each take a part of a collection: add `--shard_index 0 --num_shards
 from __future__ import annotations
 
 import argparse
+import inspect
 import itertools
 import multiprocessing
 import os
@@ -24,6 +25,20 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 
 from helpers import predictors, runs, sae, scenes, stores, trajectories
 from helpers.prompts import read_prompts
+
+LEAST = {  # of the parameters of notebooks 01 and 03, the least that can be worked with
+    "collect": {
+        "n_train": 1, "n_validation": 1, "n_test": 1, "num_inference_steps": 1, "n_keep": 1, "batch_size": 1, "tokens_per_image": 0,
+        "height": 0, "width": 0, "seed": 0,
+    },
+    "train": {"n_latents": 1, "k": 1, "n_updates": 1, "sae_batch_size": 1, "dead_after": 1, "accumulate": 1, "seed": 0},
+}  # fmt: skip
+
+
+def require(job: str, parameters: dict) -> None:
+    """ValueError, naming it, for a parameter of 'collect' or 'train' below what can be worked with."""
+    for name, low in LEAST[job].items():
+        runs.require(name, parameters[name], low, 2**32 - 1 if name == "seed" else None)
 
 
 def _accelerator(parameters: dict) -> Accelerator | None:
@@ -45,6 +60,7 @@ def prompts_of(parameters: dict) -> tuple[list[str], list[int], list[str]]:
     """Prompts, seeds and splits of a run's images, from notebook 01's parameters; image i has seed `seed * 1000000 + i`."""
     import numpy as np
 
+    require("collect", parameters)
     p, parts = parameters, ("train", "validation", "test")
     split = [name for name in parts for _ in range(p[f"n_{name}"])]
     n = len(split)
@@ -58,35 +74,59 @@ def prompts_of(parameters: dict) -> tuple[list[str], list[int], list[str]]:
     return texts, [p["seed"] * 1_000_000 + i for i in range(n)], split
 
 
+SET_HERE = ("prompt", "class_labels", "generator", "output_type", "return_dict", "num_images_per_prompt")  # of a pipeline's call
+
+
 def sampling_of(parameters: dict) -> dict:
-    """Arguments of the pipeline's call, from notebook 01's parameters."""
-    return {name: parameters[name] for name in ("num_inference_steps", "guidance_scale", "height", "width")} | parameters["pipeline_arguments"]
+    """Arguments of the pipeline's call, from notebook 01's parameters; ValueError for one in `pipeline_arguments` that is not to be given there."""
+    own = {name: parameters[name] for name in ("num_inference_steps", "guidance_scale", "height", "width")}
+    for name in parameters["pipeline_arguments"]:
+        if name in parameters:
+            raise ValueError(f"pipeline_arguments: {name!r} is a parameter of its own; give it there")
+        if name in SET_HERE or name in inspect.signature(stores.collect).parameters:
+            raise ValueError(f"pipeline_arguments: {name!r} is set by the collection itself; leave it out")
+    return own | parameters["pipeline_arguments"]
 
 
 def taps_of(parameters: dict) -> dict[Path, trajectories.Tap]:
-    """Folders and taps of a run: its own first, then those of `branch` both and of `also`, each a run of its own."""
+    """Folders and taps of a run: its own first, then those of `branch` both and of `also`, each a run of its own.
+
+    ValueError, naming it, for an entry of `also` that describes no tap, or whose run is taken.
+    """
     p = parameters
     own = trajectories.Tap(p["hookpoint"], p["signal"], "conditional" if p["branch"] == "both" else p["branch"])
-    taps = {p["run"]: own}
+    taps = {runs.run_folder(p["run"]) / "trajectories": own}
     if p["branch"] == "both":
-        taps[f"{p['run']}-unconditional"] = own._replace(branch="unconditional")
+        taps[runs.run_folder(f"{p['run']}-unconditional") / "trajectories"] = own._replace(branch="unconditional")
     for run, tap in p["also"].items():
-        taps[run] = trajectories.Tap(**{"hookpoint": tap} if isinstance(tap, str) else tap)
-    return {runs.run_folder(run) / "trajectories": tap for run, tap in taps.items()}
+        folder, told = runs.run_folder(run) / "trajectories", {"hookpoint": tap} if isinstance(tap, str) else tap
+        if folder in taps:
+            raise ValueError(f"also: {run!r} is {'the run itself' if taps[folder] is own else 'there already'}; give another name")
+        if not isinstance(told, dict) or "hookpoint" not in told or not set(told) <= set(own._fields) or not all(isinstance(v, str) for v in told.values()):
+            raise ValueError(f"also: {run!r} is {tap!r}; it must be a hookpoint, or hookpoint, signal and branch by name")
+        taps[folder] = trajectories.Tap(**told)
+    return taps
 
 
-def collect(parameters: dict, pipe=None, shard_index: int = 0, num_shards: int = 1) -> dict:
+def collect(parameters: dict, pipe=None, shard_index: int = 0, num_shards: int = 1, only_check: bool = False) -> dict:
     """Collect a run's trajectories with notebook 01's parameters, each process its share of the batches; see `stores.collect`."""
-    p, accelerator = parameters, _accelerator(parameters)
-    pipe = pipe or runs.load_pipeline(p["model"], str(accelerator.device) if accelerator else p["device"], p["dtype"], p["revision"])
+    p = parameters
+    require("collect", p)
+    runs.require("num_shards", num_shards, 1)
+    runs.require("shard_index", shard_index, 0, num_shards - 1)
+    steps, precision, sampling = trajectories.kept_steps(p["steps"], p["num_inference_steps"], p["n_keep"]), runs.choose_dtype(p["store_dtype"]), sampling_of(p)
     (folder, tap), *also = taps_of(p).items()
-    texts, seeds, split = prompts_of(p)
+    for f in taps_of(p):
+        stores.require_folder(f)
+    texts, seeds, split = prompts_of(p)  # all that can be wrong, before a model is loaded
+    accelerator = _accelerator(p)
+    pipe = pipe or runs.load_pipeline(p["model"], str(accelerator.device) if accelerator else p["device"], p["dtype"], p["revision"])
     about = {"model": p["model"], "model_dtype": p["dtype"], "revision": runs.resolved_revision(p["model"], p["revision"])}
     return stores.collect(
-        folder, pipe, texts, seeds, split, **tap._asdict(), steps=trajectories.kept_steps(p["steps"], p["num_inference_steps"], p["n_keep"]),
-        batch_size=p["batch_size"], store_dtype=runs.choose_dtype(p["store_dtype"]), tokens_per_image=p["tokens_per_image"],
+        folder, pipe, texts, seeds, split, **tap._asdict(), steps=steps,
+        batch_size=p["batch_size"], store_dtype=precision, tokens_per_image=p["tokens_per_image"],
         train_images=p["train_images"], also=dict(also), record_of=about, accelerator=accelerator, shard_index=shard_index, num_shards=num_shards,
-        **sampling_of(p),
+        only_check=only_check, **sampling,
     )  # fmt: skip
 
 
@@ -116,7 +156,9 @@ def moments(parameters: dict) -> tuple[predictors.Moments, predictors.Moments]:
 
 def train(parameters: dict) -> tuple[sae.SAE, sae.History]:
     """Train a run's residual SAE with notebook 03's parameters, data parallel; its checkpoints let the notebook find it done."""
-    p, accelerator = parameters, _accelerator(parameters)
+    p = parameters
+    require("train", p)
+    accelerator = _accelerator(p)
     folder, device = runs.run_folder(p["run"]), accelerator.device if accelerator else runs.choose_device(p["device"])
     store = stores.Store(folder / "trajectories")
     fitted, made_from = predictors.Predictors.load(folder / "predictors.safetensors")

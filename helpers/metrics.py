@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import scipy.sparse
 import torch
-from scipy.stats import rankdata
+from scipy.stats import binomtest, rankdata
 
 
 class Estimate(NamedTuple):
@@ -45,6 +45,15 @@ def ratio(numerator, denominator, n_resamples: int = 1000, seed: int = 0, transf
 def mean(values, **kwargs) -> Estimate:
     """Mean over images with its bootstrap interval."""
     return ratio(values, np.ones(len(values)), **kwargs)
+
+
+def share(successes) -> Estimate:
+    """Share of images, bool, (image,), that are true, with Wilson's 95 % interval: it has a width where all or none are."""
+    successes = np.asarray(successes, bool)
+    if len(successes) == 0:
+        return Estimate(float("nan"), float("nan"), float("nan"))
+    interval = binomtest(int(successes.sum()), len(successes)).proportion_ci(method="wilson")
+    return Estimate(float(successes.mean()), float(interval.low), float(interval.high))
 
 
 def squared_errors(x: torch.Tensor, x_hat: torch.Tensor, mean_train: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -113,24 +122,28 @@ def sparse_ranks(codes) -> tuple[scipy.sparse.csr_matrix, np.ndarray]:
     return ranks, (zeros + 1) / 2
 
 
-def auroc_interval(scores, labels, images, n_resamples: int = 200, seed: int = 0) -> Estimate:
-    """AUROC of one score for one label, (sample,), with a 95 % interval that resamples images.
+def resampled_auroc(scores, labels, images, n_images: int, n_resamples: int = 200, seed: int = 0) -> np.ndarray:
+    """AUROC of one score for one label, (sample,): first as it is, then on resampled images, float, (1 + n_resamples,).
+
+    Calls with the same n_images and seed draw the same images, so that what they return can be averaged or subtracted.
 
     Parameters
     ----------
     images : int, (sample,)
-        Which image each sample comes from.
+        Which of n_images images each sample comes from.
     """
     rng = np.random.default_rng(seed)
-    groups = [np.nonzero(images == i)[0] for i in np.unique(images)]
-    value = auroc(scores[:, None], labels[:, None])[0, 0]
-    resampled = []
-    for _ in range(n_resamples):
-        pick = np.concatenate([groups[i] for i in rng.integers(len(groups), size=len(groups))])
-        resampled.append(auroc(scores[pick, None], labels[pick, None])[0, 0])
-    if np.isnan(resampled).all():
-        return Estimate(float(value), float("nan"), float("nan"))
-    return Estimate(float(value), *map(float, np.nanpercentile(resampled, [2.5, 97.5])))
+    order = np.argsort(images, kind="stable")
+    groups = np.split(order, np.searchsorted(images[order], np.arange(1, n_images)))
+    picks = [np.arange(len(images))] + [np.concatenate([groups[i] for i in rng.integers(n_images, size=n_images)]) for _ in range(n_resamples)]
+    return np.array([auroc(scores[p, None], labels[p, None])[0, 0] for p in picks])
+
+
+def of_resampled(values: np.ndarray) -> Estimate:
+    """A figure with its 95 % interval, from the figure itself and its resampled values, (1 + n_resamples,)."""
+    if np.isnan(values[1:]).all():
+        return Estimate(float(values[0]), float("nan"), float("nan"))
+    return Estimate(float(values[0]), *map(float, np.nanpercentile(values[1:], [2.5, 97.5])))
 
 
 def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:

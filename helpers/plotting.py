@@ -6,6 +6,7 @@ Functions draw on the axes they are given and touch no global state but `use_sty
 from __future__ import annotations
 
 import io
+from contextlib import suppress
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -32,30 +33,39 @@ def save_figure(fig: Figure, folder, name: str, **about) -> None:
     `about` (notebook, parameters, commit) goes into the files' metadata.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"figures: {folder} cannot be made ({error.strerror}); give another run, or make the folder writable") from None
     text = "; ".join(f"{k}={v}" for k, v in sorted(about.items()))
     for suffix, metadata in (("pdf", {"CreationDate": None, "Subject": text}), ("png", {"Description": text})):
         aside = folder / f".{name}.{suffix}.part"
         try:
             fig.savefig(aside, format=suffix, metadata=metadata)
             aside.replace(folder / f"{name}.{suffix}")
+        except (OSError, AttributeError) as error:  # a PDF on a full disk fails with the latter
+            raise OSError(f"figures: {folder / name}.{suffix} could not be written ({getattr(error, 'strerror', None) or error}); free some disk space or make the folder writable") from None
         finally:
-            aside.unlink(missing_ok=True)
+            with suppress(OSError):
+                aside.unlink(missing_ok=True)
 
 
 def show_image(ax, image: np.ndarray, title: str = "") -> None:
     """An image in [0, 1], without axes."""
     ax.imshow(image, interpolation="nearest")
-    ax.set_title(title, fontsize=6)
+    ax.set_title(title, fontsize=7)
     ax.set_axis_off()
 
 
 def overlay(ax, image: np.ndarray, heat: np.ndarray, vmax: float, vmin: float = 0.0, cmap: str = "magma"):
-    """A heat map (rows, columns) of tokens over its image, which is shown in gray underneath; returns the mappable."""
+    """A heat map (rows, columns) of tokens, in the colours of its colour bar, with the image's edges drawn over it; returns the mappable."""
     height, width = image.shape[:2]
     extent = (0, width, height, 0)
-    ax.imshow(image.mean(axis=2), cmap="gray", vmin=0, vmax=1, extent=extent)
-    shown = ax.imshow(heat, cmap=cmap, vmin=vmin, vmax=vmax, extent=extent, interpolation="nearest", alpha=0.75)
+    shown = ax.imshow(heat, cmap=cmap, vmin=vmin, vmax=vmax, extent=extent, interpolation="nearest")
+    edges = np.hypot(*np.gradient(image.mean(axis=2)))
+    lines = np.ones((height, width, 4))
+    lines[..., 3] = np.clip(edges / max(0.15, np.quantile(edges, 0.98)), 0, 1) * 0.6
+    ax.imshow(lines, extent=extent, interpolation="nearest")
     ax.set_axis_off()
     return shown
 
@@ -82,14 +92,6 @@ def with_interval(ax, x, estimates, label: str, **style) -> None:
     value, low, high = np.array(estimates, float).T
     (line,) = ax.plot(x, value, marker="o", markersize=3, label=label, **style)
     ax.fill_between(x, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
-
-
-def bars(ax, names, estimates, colours=None) -> None:
-    """Horizontal bars of `metrics.Estimate`s with their intervals."""
-    value, low, high = np.array(estimates, float).T
-    ax.barh(range(len(names)), value, xerr=np.clip([value - low, high - value], 0, None), color=colours, height=0.7, error_kw={"lw": 0.8})
-    ax.set_yticks(range(len(names)), names)
-    ax.invert_yaxis()
 
 
 def png(fig: Figure, dpi: int = 110) -> bytes:

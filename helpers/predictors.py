@@ -10,7 +10,10 @@ Everything is fitted from one pass of sums: memory grows with channels squared, 
 
 from __future__ import annotations
 
+import itertools
+import math
 from dataclasses import dataclass, fields
+from numbers import Real
 from pathlib import Path
 
 import numpy as np
@@ -53,9 +56,12 @@ class Moments:
 
     @staticmethod
     def load(path: str | Path) -> tuple[Moments, dict]:
-        """Read what `save` wrote."""
+        """Read what `save` wrote; FileNotFoundError or ValueError names a missing or damaged file."""
         tensors, record = load_tensors(path)
-        return Moments(**tensors | {"count": int(tensors["count"])}), record
+        try:
+            return Moments(**tensors | {"count": int(tensors["count"])}), record
+        except (KeyError, TypeError):
+            raise ValueError(f"{path} does not hold moments; delete it and run 02_fit_predictors again") from None
 
     def __add__(self, other: Moments) -> Moments:
         if not torch.equal(self.shift, other.shift):
@@ -66,7 +72,8 @@ class Moments:
 def accumulate(shards, shift: torch.Tensor | None = None, device: str = "cpu") -> Moments:
     """Moments of an iterable of raw activations, each Float[Tensor, "image step token channel"].
 
-    Sums are float64, on the CPU where the device has none (MPS), and come back on the CPU.
+    Sums are float64, on the CPU where the device has none (MPS), and come back on the CPU. Without a `shift`, it is the
+    first shard's mean.
 
     Raises
     ------
@@ -74,11 +81,19 @@ def accumulate(shards, shift: torch.Tensor | None = None, device: str = "cpu") -
         No trajectories, or a value that is not finite.
     """
     device = "cpu" if str(device).startswith("mps") else device
-    shift, moments = None if shift is None else shift.to(device), None
-    for h in shards:
-        h = h.permute(1, 0, 2, 3).to(device, torch.float64, copy=True, memory_format=torch.contiguous_format).flatten(1, 2)  # step, trajectory, channel
-        if shift is None:
-            shift = h.mean(1)
+    shift, moments, waiting = None if shift is None else shift.to(device), None, []
+    for h in itertools.chain(shards, [None]):
+        if h is not None:
+            h = h.permute(1, 0, 2, 3).to(device, torch.float64, copy=True, memory_format=torch.contiguous_format).flatten(1, 2)  # step, trajectory, channel
+            if shift is None:
+                shift = h.mean(1)
+            waiting.append(h)
+            if sum(w.shape[1] for w in waiting) < min(h.shape[2], 4096):  # adding (d, d) up is work like a product with d rows, so small shards are joined
+                continue
+        if not waiting:
+            break
+        h = torch.cat(waiting, 1) if len(waiting) > 1 else waiting[0]
+        waiting.clear()
         h -= shift[:, None]
         total = h.sum(1)
         if not torch.isfinite(total).all():
@@ -201,6 +216,14 @@ def fit(train: Moments, validation: Moments, strengths=STRENGTHS, dtype: torch.d
     penalised, and is zero because both sides are centred. The result is rounded to `dtype`. Where there are fewer trajectories
     than channels, so that training residuals all but vanish, rho is measured on the held-out images.
     """
+    strengths = tuple(strengths)
+    for strength in strengths:
+        if not isinstance(strength, Real) or not 0 <= strength < math.inf:
+            raise ValueError(f"ridge_strengths holds {strength!r}; each must be a number of at least 0")
+    if not strengths:
+        raise ValueError("ridge_strengths is empty; it must hold at least one number of at least 0")
+    if not train.count or not validation.count:
+        raise ValueError("there are no trajectories to fit on or to choose a strength with; give both splits at least one prompt")
     n, (S, d) = train.count, train.shift.shape
     mu = train.shift + train.total / n
     variance = torch.diagonal(train.square, dim1=1, dim2=2) / n - (train.total / n) ** 2
@@ -217,8 +240,10 @@ def fit(train: Moments, validation: Moments, strengths=STRENGTHS, dtype: torch.d
         for strength in strengths:
             candidate = vectors @ (projected / (values.clamp(min=0) + strength * values.mean())[:, None])
             error = _squared_error(candidate, held_square[s - 1], held_cross[s], held_square[s])
-            if best is None or error < best[0]:
+            if torch.isfinite(error) and (best is None or error < best[0]):
                 best = (error, strength, candidate)
+        if best is None:
+            raise ValueError(f"ridge_strengths {list(strengths)}: the predictor of kept step number {s} is not determined; valid is a number above 0")
         held_error, chosen[s], A[s] = best
         seen, held = _squared_error(A[s], square[s - 1], cross[s], square[s]) / n, held_error / validation.count
         rho[s] = ((seen if seen > 1e-4 * held else held) / d).clamp(min=0).sqrt()
@@ -236,4 +261,4 @@ def _squared_error(A, xx, xy, yy):
 def eigenvalues(predictors: Predictors) -> np.ndarray:
     """Eigenvalues of A[1..S-1], complex, (S-1, d), largest magnitude first: 1 carries on, 0 forgets."""
     values = torch.linalg.eigvals(predictors.A[1:].double())
-    return np.stack([v[np.argsort(-abs(v))] for v in values.numpy()])
+    return np.stack([v[np.argsort(-abs(v))] for v in values.cpu().numpy()])

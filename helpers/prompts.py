@@ -17,7 +17,10 @@ def read_prompts(source: str | Path, n: int | None = None, column: str = "prompt
     path = Path(source).expanduser()
     kind = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".json": "json", ".jsonl": "json"}.get(path.suffix)
     if path.is_file() and kind is None:
-        rows = path.read_text().splitlines()
+        try:
+            rows = path.read_text("utf-8-sig").splitlines()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"prompts {source!r} is not a text in UTF-8 ({error.reason} at byte {error.start}); valid is a text file with a prompt a line, or a table") from error
     elif not path.is_file() and (path.suffix or not re.fullmatch(r"[\w.-]+/[\w.-]+", source)):
         raise FileNotFoundError(f"prompts {source!r} is not a file; valid are 'scenes', a .txt, .csv, .tsv, .parquet, .json or .jsonl file, or a dataset's name on the hub, owner/name")  # fmt: skip
     else:

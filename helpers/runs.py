@@ -12,6 +12,8 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
+import os
 import platform
 import re
 import subprocess
@@ -50,7 +52,7 @@ def choose_device(device: str) -> str:
         return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     kind = device.split(":")[0]
     there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not there.get(kind):
+    if not there.get(kind) or not re.fullmatch(r"\w+(:\d+)?", device):
         raise ValueError(f"device {device!r} is not here; valid are 'auto', {', '.join(repr(k) for k, v in there.items() if v)}")
     return device
 
@@ -142,6 +144,43 @@ def require(name: str, value, low, high=None) -> None:
         raise ValueError(f"{name} is {value}; it must be at least {low}" + ("" if high is None else f" and at most {high}"))
 
 
+_KINDS = {  # type as written in a parameters cell -> what a value must be, and in words
+    "bool": (lambda v: isinstance(v, bool), "true or false"),
+    "int": (lambda v: isinstance(v, int) and not isinstance(v, bool), "a whole number"),
+    "float": (lambda v: isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v), "a finite number"),
+    "str": (lambda v: isinstance(v, str), "a text"),
+    "list": (lambda v: isinstance(v, list), "a list"),
+    "dict": (lambda v: isinstance(v, dict) and all(isinstance(k, str) for k in v), "pairs of name and value"),
+}
+
+
+def checked(values: dict, known: dict[str, tuple]) -> dict:
+    """Parameters as they are; ValueError for one of another type than its notebook says. `known` is of `parameters_of`."""
+    for name, value in values.items():
+        default, kind = known[name]
+        outer, _, inner = kind.removesuffix("]").partition("[")
+        fits, words = _KINDS[outer]
+        ok = fits(value) and (not inner or all(_KINDS[inner][0](v) for v in value))
+        if not ok or (name == "seed" and value < 0):
+            words += f" with {_KINDS[inner][1]} for each entry" if inner else " of at least 0" if name == "seed" else ""
+            raise ValueError(f"{name} is {value!r:.80}; it must be {words}" + (f", such as {default!r}" if default not in ("", [], {}) else ""))
+    return values
+
+
+def parameters_here(notebook: str, namespace: dict) -> dict:
+    """The parameters of the notebook that is running, from its `globals()`: checked, and its folders found fit to write in.
+
+    Raises ValueError for a parameter of the wrong type or a run that cannot be written, before anything is begun.
+    """
+    known = parameters_of(NOTEBOOKS / f"{notebook}.ipynb")
+    values = checked({name: namespace[name] for name in known}, known)
+    for folder in (run_folder(values["run"]), figures_folder(values["run"])):
+        there = next(p for p in (folder, *folder.parents) if p.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK):
+            raise ValueError(f"run is {values['run']!r}, but {there} is not a folder that can be written in; give another run, or make it writable")
+    return values
+
+
 def write_metrics(run: str, notebook: str, parameters: dict, metrics: dict) -> Path:
     """Write runs/<run>/metrics/<notebook>.json: the figures a notebook reports, its parameters and the versions."""
     packages = ("torch", "diffusers", "transformers", "numpy", "scikit-learn", "safetensors")
@@ -177,29 +216,34 @@ def load_parameters(name: str) -> dict:
     if not path.exists():
         there = ", ".join(p.stem for p in sorted((NOTEBOOKS / "parameters").glob("*.yaml")))
         raise ValueError(f"there is no parameter file {path.name}; valid are {there}, or a path ending in .yaml")
-    values = yaml.safe_load(path.read_text()) or {}
+    try:
+        values = yaml.safe_load(path.read_text()) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{path.name} cannot be read as YAML ({' '.join(str(error).split())[:160]})") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path.name} holds {values!r:.60}; it must hold lines of name and value, as run: demo")
     known = {p for notebook in analysis_notebooks() for p in parameters_of(notebook)}
     for parameter in values:
         if parameter not in known:
-            near = difflib.get_close_matches(parameter, known, 3, 0.4) or sorted(known)
+            near = difflib.get_close_matches(str(parameter), known, 3, 0.4) or sorted(known)
             raise ValueError(f"{path.name}: no notebook has a parameter {parameter!r}; did you mean {' or '.join(near)}?")
     return values
 
 
-def parameters_of(notebook: Path) -> dict[str, str]:
-    """Names and default values (as written) of a notebook's parameters cell."""
+def parameters_of(notebook: Path) -> dict[str, tuple]:
+    """Names, default values and types (as written) of a notebook's parameters cell: name -> (default, type)."""
+    import ast
+
     import papermill
 
-    return {k: v["default"] for k, v in papermill.inspect_notebook(str(notebook)).items()}
+    return {k: (ast.literal_eval(v["default"]), v["inferred_type_name"]) for k, v in papermill.inspect_notebook(str(notebook)).items()}
 
 
 def parameters_for(notebook: str, name: str) -> dict:
     """All parameters of a notebook ('01'), its defaults under those of a parameter file; see `load_parameters`."""
-    import ast
-
     (path,) = NOTEBOOKS.glob(f"{notebook}_*.ipynb")
-    defaults = {k: ast.literal_eval(v) for k, v in parameters_of(path).items()}
-    return defaults | {k: v for k, v in load_parameters(name).items() if k in defaults}
+    known, given = parameters_of(path), load_parameters(name)
+    return checked({k: given.get(k, default) for k, (default, _) in known.items()}, known)
 
 
 def _snapshot(run: Path, figures: Path) -> dict[Path, int]:

@@ -87,6 +87,22 @@ class SAE(torch.nn.Module):
         return sae.eval(), record
 
 
+    @torch.no_grad()
+    def set_threshold(self, y: torch.Tensor) -> SAE:
+        """Set the threshold to what leaves k active latents an input, on average over inputs (n, d_in) not trained on; returns the SAE.
+
+        The threshold learnt in training is that of inputs it knows, and leaves more on others. ValueError for NaN or infinity in y.
+        """
+        if not torch.isfinite(y).all():
+            raise ValueError("y holds NaN or infinity; collect the activations again")
+        n, largest = min(self.k * len(y), self.n_latents * len(y) - 1), self.W_dec.new_zeros(0)
+        for part in y.to(self.W_dec).split(1024):
+            found = torch.cat([largest, self.preactivations(part).flatten()])
+            largest = torch.topk(found, min(n + 1, len(found))).values
+        self.threshold.copy_(largest[n])
+        return self
+
+
 @dataclass
 class History:
     """What training printed: one entry per logged step."""
@@ -128,10 +144,13 @@ def train(
     Raises
     ------
     ValueError
-        k above n_latents.
+        k above n_latents; a learning rate, dead_after or accumulate that is not positive.
     FloatingPointError
         NaN or infinity in a batch or in the loss, naming the update; the last checkpoint stays as it was.
     """
+    for name, value in (("learning_rate", learning_rate), ("dead_after", dead_after), ("accumulate", accumulate), ("n_updates", n_steps)):
+        if not value > 0:
+            raise ValueError(f"{name} is {value}; it must be above 0")
     device = accelerator.device if accelerator else "cpu" if str(device).startswith("mps") else device  # MPS has no sparse products
     settings = (record or {}) | {
         "d_in": d_in, "n_latents": n_latents, "k": k, "n_steps": n_steps, "learning_rate": learning_rate, "aux_coefficient": aux_coefficient,
@@ -163,8 +182,11 @@ def train(
         for group in optimiser.param_groups:
             group["lr"] = learning_rate * rate
         dead = (since_fired >= dead_after).nonzero().flatten()
+        if step == done and len(y) < 2 * accumulate:
+            raise ValueError(f"sae_batch_size gives {len(y)} inputs at once; with accumulate={accumulate} it must be at least {2 * accumulate}, two inputs a part")
+        log = step % log_every == 0 or step == n_steps - 1
         chunks = y.chunk(accumulate)
-        parts = [_backward(sae, rows_enc, part, dead, aux_coefficient, 1 / len(chunks), i > 0, dtype, accelerator) for i, part in enumerate(chunks)]
+        parts = [_backward(sae, rows_enc, part, dead, aux_coefficient, 1 / len(chunks), i > 0, dtype, accelerator, log) for i, part in enumerate(chunks)]
         fvu = sum(p.fvu for p in parts) / len(parts)
         if not torch.isfinite(fvu):
             where = "the batch holds NaN or infinity; look at the recorded activations" if not torch.isfinite(y).all() else f"the loss is {fvu.item()}; lower learning_rate (now {learning_rate})"
@@ -174,10 +196,10 @@ def train(
         since_fired[_sum(accelerator, sum(p.fired for p in parts)) > 0] = 0
         for part in parts:
             sae.threshold.lerp_(part.smallest, 1.0 if step == 0 else 0.02)
-        if step % log_every == 0 or step == n_steps - 1:
+        if log:
             history.step.append(step)
             history.fvu.append(fvu.item())
-            history.l0.append(sum((p.pre > sae.threshold).sum() for p in parts).item() / len(y))
+            history.l0.append(sum(p.active for p in parts).item() / len(y))
             history.alive.append(1 - len(dead) / n_latents)
             bar.set_postfix(fvu=f"{fvu.item():.3f}", alive=f"{history.alive[-1]:.2f}")
         if checkpoint is not None and main and ((step + 1) % save_every == 0 or step + 1 == n_steps):
@@ -210,11 +232,11 @@ class _Part:
     along: torch.Tensor  # (n_latents,): the decoder's gradient along its own rows
     fired: torch.Tensor  # (n_latents,): how often each latent was kept
     smallest: torch.Tensor  # the smallest kept code
-    pre: torch.Tensor  # (n, n_latents): preactivations before ReLU
+    active: torch.Tensor | int  # codes above the threshold, if they were to be counted
 
 
 @torch.no_grad()
-def _backward(sae: SAE, rows_enc, y, dead, aux_coefficient, weight, add: bool, dtype, accelerator) -> _Part:
+def _backward(sae: SAE, rows_enc, y, dead, aux_coefficient, weight, add: bool, dtype, accelerator, count: bool) -> _Part:
     """Gradients of weight · (FVU + auxiliary loss) on one batch, put into (or added to) the `.grad` of `rows_enc`, W_dec, b_enc and b_dec.
 
     With Z the sparse matrix of kept codes, e = y - b_dec - Z W_dec and G = dFVU/dy_hat = -2 e / Σ (y - mean)², the gradients are
@@ -259,7 +281,7 @@ def _backward(sae: SAE, rows_enc, y, dead, aux_coefficient, weight, add: bool, d
     for p, grad in ((sae.b_enc, d_b_enc), (sae.b_dec, d_b_dec)):
         p.grad = p.grad + grad if add else grad
     fired = zeros.index_add(0, latent, torch.ones_like(codes))
-    return _Part(left / spread, along, fired, torch.where(cut > 0, cut, sae.threshold), pre)
+    return _Part(left / spread, along, fired, torch.where(cut > 0, cut, sae.threshold), (pre > sae.threshold).sum() if count else 0)
 
 
 def _largest(flat: torch.Tensor, n: int, accelerator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -304,7 +326,10 @@ def _save(path, settings, sae, optimiser, since_fired, done: int, history: Histo
 def _resume(path, sae, optimiser, since_fired) -> tuple[int, History]:
     """Put a saved state back; returns the updates done and the history."""
     tensors, saved = load_tensors(path)
-    sae.load_state_dict({name: tensors[name] for name in sae.state_dict()})
+    try:
+        sae.load_state_dict({name: tensors[name] for name in sae.state_dict()})
+    except (KeyError, RuntimeError):
+        raise ValueError(f"{path} does not hold a checkpoint of this training; delete it to train anew") from None
     if saved["done"] < saved["settings"]["n_steps"]:
         since_fired.copy_(tensors["since_fired"])
         for i, p in enumerate(optimiser.param_groups[0]["params"]):

@@ -28,7 +28,7 @@ def unit(u: torch.Tensor) -> torch.Tensor:
 
 def random_like(u: torch.Tensor, seed: int) -> torch.Tensor:
     """A random trajectory (S, d) with the same norm at every step as u: the control for any direction."""
-    noise = torch.randn(u.shape, generator=torch.Generator().manual_seed(seed))
+    noise = torch.randn(u.shape, generator=torch.Generator().manual_seed(seed)).to(u)  # drawn on the CPU: the same on every device
     return noise / noise.norm(dim=-1, keepdim=True) * u.norm(dim=-1, keepdim=True)
 
 
@@ -46,29 +46,32 @@ def _at_every_step(values: torch.Tensor, steps, n: int) -> torch.Tensor:
     position = np.interp(np.arange(n), steps, np.arange(len(steps)))
     low = np.floor(position).astype(int)
     high = np.minimum(low + 1, len(steps) - 1)
-    share = torch.tensor(position - low, dtype=values.dtype).reshape(-1, *[1] * (values.ndim - 1))
+    share = torch.tensor(position - low, dtype=values.dtype, device=values.device).reshape(-1, *[1] * (values.ndim - 1))
     return values[low] * (1 - share) + values[high] * share
 
 
 def addition(u, predictors: Predictors, steps, num_inference_steps: int, strength: float) -> torch.Tensor:
     """What to add at every denoising step, raw units, (num_inference_steps, d), for a trajectory u (S, d), standardised."""
-    size = predictors.scale * u.shape[-1] ** 0.5  # RMS norm of centred tokens
+    size = predictors.scale.to(u) * u.shape[-1] ** 0.5  # RMS norm of centred tokens
     return _at_every_step(strength * size[:, None] * unit(u), steps, num_inference_steps)
 
 
 def check_window(window, num_inference_steps: int) -> tuple[int, int]:
     """First and last step (included) of a window; ValueError outside 0..num_inference_steps-1."""
-    first, last = window
-    if not 0 <= first <= last < num_inference_steps:
-        raise ValueError(f"window {list(window)}: valid are two steps, in order, from 0 to {num_inference_steps - 1}")
-    return first, last
+    steps = list(window) if isinstance(window, (list, tuple, np.ndarray)) else [window]
+    if len(steps) != 2 or any(s not in range(num_inference_steps) for s in steps) or steps[0] > steps[1]:
+        held = steps if len(steps) != 1 else window
+        raise ValueError(f"windows holds {held}; each is two steps, first and last, from 0 to {num_inference_steps - 1}")
+    return int(steps[0]), int(steps[1])
 
 
 def _edit(pipe, prompts, seeds, hookpoint, signal, branch, edit, sampling) -> np.ndarray:
     """Generate while `edit(rows, call)` changes the rows of one branch, or of both; None from it leaves them."""
     wanted = BRANCHES if branch == "both" else (branch,)
+    seen: set[str] = set()
 
     def on_call(tokens, call):
+        seen.update(call.branches)
         rows = list(tokens.chunk(len(call.branches)))
         edited = [edit(r, call) if name in wanted else None for name, r in zip(call.branches, rows)]
         if all(e is None for e in edited):
@@ -76,7 +79,12 @@ def _edit(pipe, prompts, seeds, hookpoint, signal, branch, edit, sampling) -> np
         return torch.cat([r if e is None else e.to(r) for r, e in zip(rows, edited)])
 
     with listen(denoiser_of(pipe), pipe.scheduler, hookpoint, on_call, n_images=len(prompts), signal=signal):
-        return generate(pipe, prompts, seeds, **sampling)
+        images = generate(pipe, prompts, seeds, **sampling)
+    if not seen:
+        raise ValueError(f"hookpoint {hookpoint!r} was never called, so nothing was edited; valid are modules that the model calls as it samples")
+    if not seen & set(wanted):
+        raise ValueError(f"branch {branch!r} is not run by this pipeline with these settings, so nothing was edited; valid is {' or '.join(sorted(seen))}")
+    return images
 
 
 def steer(
@@ -104,10 +112,11 @@ def steer(
         raise ValueError(f"branch {branch!r} is not one of {', '.join(BRANCHES)}, both")
     if len(delta) != n:
         raise ValueError(f"delta has {len(delta)} steps; num_inference_steps={n} needs as many")
-    first, last = check_window(window or (0, n - 1), n)
+    first, last = check_window((0, n - 1) if window is None else window, n)
+    moves = [bool(d.any()) for d in delta]  # asked once: on a GPU each answer is waited for
 
     def add(rows, call):
-        if not first <= call.step <= last or not delta[call.step].any():
+        if not first <= call.step <= last or not moves[call.step]:
             return None
         d = delta[call.step]
         d = d[None, None] if d.ndim == 1 else d
@@ -136,7 +145,7 @@ def scaling(codes: torch.Tensor, u, predictors: Predictors, steps, num_inference
     -------
     Float[Tensor, "step image token channel"], raw units, for `steer`.
     """
-    raw = _at_every_step(predictors.scale[:, None] * u, steps, num_inference_steps)
+    raw = _at_every_step(predictors.scale[:, None].to(u) * u, steps, num_inference_steps).to(codes.device)
     return (factor - 1) * codes[None, :, :, None] * raw[:, None, None, :]
 
 

@@ -6,7 +6,9 @@ unfinished, and collecting goes on where it stopped, because an image depends on
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import platform
 import re
 import shutil
@@ -19,11 +21,13 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from helpers.files import digest, load_json, load_rows, load_tensors, save_json, save_tensors, save_text
+from helpers.files import digest, in_units, load_json, load_rows, load_tensors, save_json, save_tensors, save_text
 from helpers.hooks import BRANCHES, SIGNALS, denoiser_of, find
 from helpers.trajectories import Tap, bytes_per_image, hookpoints, record_all, shapes, times_of
 
 SPLITS = ("train", "validation", "test")
+DESCRIBED = ("prompts", "seeds", "split", "sampling", "steps", "timesteps", "grid", "channels", "dtype", "tokens_per_image", "train_images")  # what reading needs
+TAPPED = ("hookpoint", "signal", "branch", "batch_size")  # and collecting
 
 
 def shards_of(split_of, batch_size: int) -> list[list[int]]:
@@ -54,7 +58,7 @@ def _intact(path: Path, known: dict[str, str]) -> bool:
     try:
         expected = known.get(path.name) or _noted(path).read_text().split()[0]
         return expected == digest(path)
-    except (OSError, IndexError):  # killed between the shard and its note: the shard is whole, since it was renamed
+    except (OSError, IndexError):  # killed between the shard and its note, or the manifest was deleted: the shard keeps a digest of its own
         try:
             load_tensors(path)
             return True
@@ -64,7 +68,7 @@ def _intact(path: Path, known: dict[str, str]) -> bool:
 
 def collect(
     folder, pipe, prompts, seeds, split_of, *, hookpoint, steps, batch_size, signal="output", branch="conditional", store_dtype=torch.float16,
-    tokens_per_image=0, train_images=True, also=None, record_of=None, accelerator=None, shard_index=0, num_shards=1, **sampling,
+    tokens_per_image=0, train_images=True, also=None, record_of=None, accelerator=None, shard_index=0, num_shards=1, only_check=False, **sampling,
 ) -> dict:  # fmt: skip
     """Record every prompt into `folder`, one shard a batch, with a progress bar; resumes, and skips what is whole.
 
@@ -86,6 +90,8 @@ def collect(
         Shares the batches out among its processes.
     shard_index, num_shards : int
         This machine's part, where several machines share one folder; the last to finish writes the manifest.
+    only_check : bool
+        Raise what collecting would raise at its beginning, and collect nothing.
 
     Returns the manifest; `new_images` and `new_seconds` tell what this call did, and `missing` how many shards
     other machines still owe.
@@ -94,33 +100,61 @@ def collect(
         raise ValueError("prompts is empty; at least one prompt is needed")
     if not len(prompts) == len(seeds) == len(split_of) or not set(split_of) <= set(SPLITS):
         raise ValueError(f"prompts, seeds and split_of have {len(prompts)}, {len(seeds)} and {len(split_of)} entries; they need as many, and splits are {', '.join(SPLITS)}")
+    if num_shards < 1:
+        raise ValueError(f"num_shards is {num_shards}; it must be at least 1")
     if not 0 <= shard_index < num_shards:
         raise ValueError(f"shard_index is {shard_index}; with num_shards={num_shards} it must lie in 0 to {num_shards - 1}")
     common = (record_of or {}) | {
         "steps": [int(s) for s in steps], "prompts": list(prompts), "seeds": [int(s) for s in seeds], "split": list(split_of), "batch_size": batch_size,
         "dtype": str(store_dtype).removeprefix("torch."), "tokens_per_image": tokens_per_image, "train_images": train_images,
-        "scheduler": type(pipe.scheduler).__name__, "sampling": {"height": 0, "width": 0} | sampling,
+        "scheduler": type(pipe.scheduler).__name__, "sampling": {"height": 0, "width": 0} | sampling, "weights": weights_of(pipe),
     }  # fmt: skip
+    if Path(folder) in (Path(f) for f in also or {}):
+        raise ValueError(f"also: {folder} is the folder of the first tap; give another one")
     taps = {Path(folder): Tap(hookpoint, signal, branch)} | {Path(f): Tap(*tap) for f, tap in (also or {}).items()}
     jobs = {f: common | tap._asdict() for f, tap in taps.items()}
     for f, job in jobs.items():
+        find(denoiser_of(pipe), job["hookpoint"])  # a misspelt one is better told with what is near it
         refuse_others(f, job)
-    return _collect(jobs, pipe, accelerator, shard_index, num_shards)
+        require_folder(f)
+    return _collect(jobs, pipe, accelerator, shard_index, num_shards, only_check)
 
 
 def repair(folder, pipe) -> dict:
     """Collect the damaged and missing shards of a store again, with the settings that its manifest keeps; returns as `collect` does.
 
     Where the model gives the same bytes again, as on a CPU, the manifest stays as it was, and all that was made from it valid.
+    ValueError if the pipeline's weights are not those that the store was made with.
     """
     folder = Path(folder)
-    name = "manifest.json" if (folder / "manifest.json").exists() else "begun.json"
-    return _collect({folder: load_json(folder / name)}, pipe)
+    name = next((n for n in ("manifest.json", "begun.json") if (folder / n).exists()), None)
+    if name is None:
+        raise FileNotFoundError(f"{folder} is no collection; valid is a folder that stores.collect has begun, such as runs/demo/trajectories")
+    job = _told(folder / name, TAPPED)
+    _refuse_weights(folder, job, weights_of(pipe))
+    return _collect({folder: job}, pipe)
 
 
-def _collect(jobs: dict[Path, dict], pipe, accelerator=None, shard_index: int = 0, num_shards: int = 1) -> dict:
+@torch.no_grad()
+def weights_of(pipe) -> str:
+    """SHA-256 over a sample of every weight that makes the images, alike on all devices; empty where they cannot be looked at."""
+    found = hashlib.sha256()
+    for name, part in sorted(pipe.components.items()):
+        if isinstance(part, torch.nn.Module) and name != "safety_checker":
+            for p in part.parameters():
+                if p.is_meta:  # offloaded
+                    return ""
+                try:
+                    found.update(p.flatten()[:: max(1, p.numel() // 64) | 1].float().cpu().contiguous().numpy())
+                except (RuntimeError, TypeError):  # some quantised weights cannot be sliced
+                    return ""
+    return found.hexdigest()[:16]
+
+
+def _collect(jobs: dict[Path, dict], pipe, accelerator=None, shard_index: int = 0, num_shards: int = 1, only_check: bool = False) -> dict:
     """Fill the folders with what their jobs, alike in everything but the tap, ask for."""
     jobs = {f: {k: v for k, v in job.items() if k not in ("shards", "images_of_shard", "versions")} for f, job in jobs.items()}
+    known = {f: _manifest(f)["shards"] if (f / "manifest.json").exists() else {} for f in jobs}
     first, job = next(iter(jobs.items()))
     prompts, seeds, split_of, steps, sampling = (job[k] for k in ("prompts", "seeds", "split", "steps", "sampling"))
     store_dtype = getattr(torch, job["dtype"])
@@ -139,7 +173,6 @@ def _collect(jobs: dict[Path, dict], pipe, accelerator=None, shard_index: int = 
             raise ValueError(f"tokens_per_image is {job['tokens_per_image']}; {tap.hookpoint!r} has {rows * columns} tokens, so it must lie in 1 to {rows * columns}, or be 0 for all")
         jobs[f] |= times | {"grid": [rows, columns], "channels": channels}
     plan = shards_of(split_of, job["batch_size"])
-    known = {f: load_json(f / "manifest.json")["shards"] if (f / "manifest.json").exists() else {} for f in jobs}
     index, parts = shard_index, num_shards
     if accelerator is not None:
         index, parts = shard_index * accelerator.num_processes + accelerator.process_index, num_shards * accelerator.num_processes
@@ -147,9 +180,13 @@ def _collect(jobs: dict[Path, dict], pipe, accelerator=None, shard_index: int = 
     _tidy(jobs, mine, alone=parts == 1)
     todo = [i for i in mine if not all(_intact(_shard(f, i), known[f]) for f in jobs)]
     n_mine, n_todo = (sum(len(plan[i]) for i in these) for these in (mine, todo))
-    _check_disk(first, sum(_bytes_of(j, plan[i], pipe) for j in jobs.values() for i in todo), n_todo)
-    for path in (p for i in todo for f in jobs for p in f.glob(f".{_shard(f, i).name}.*.part")):
-        path.unlink(missing_ok=True)  # what a killed process left half written
+    # the others' shards need room, too: all processes look before any of them writes
+    lacking = sorted({*todo, *(i for i in range(len(plan)) if not all(_shard(f, i).exists() for f in jobs))}) if todo else []
+    _check_disk(first, sum(_bytes_of(j, plan[i], pipe) for j in jobs.values() for i in lacking), sum(len(plan[i]) for i in lacking))
+    if only_check:
+        return jobs[first]
+    if accelerator is not None:
+        accelerator.wait_for_everyone()
     start, writing = time.perf_counter(), []
     with ThreadPoolExecutor(1) as writer, tqdm(total=n_mine, initial=n_mine - n_todo, desc="collecting", unit="image", disable=accelerator is not None and not accelerator.is_main_process) as bar:
         for i in todo:
@@ -212,11 +249,23 @@ def image_bytes(pipe, sampling: dict) -> int:
     return 3 * (sampling.get("height") or own[0]) * (sampling.get("width") or own[1])
 
 
+def require_folder(folder) -> None:
+    """OSError, naming `run`, unless `folder` can be written in; one whose collection is finished need not be."""
+    if os.path.exists(Path(folder) / "manifest.json"):
+        return
+    there = next(p for p in (Path(folder), *Path(folder).absolute().parents) if os.path.exists(p))
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise OSError(f"run: {folder} cannot be written, since {there} is {'read-only' if there.is_dir() else 'no folder'}; give a run name or a folder that can")
+
+
 def _check_disk(folder: Path, need: int, n_images: int) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"run: {folder} cannot be made ({error.strerror}); give another run name or folder") from error
     free = shutil.disk_usage(folder).free
     if need > free:
-        raise OSError(f"n_train: {n_images} images need {need / 1e9:.2f} GB in {folder}, which has {free / 1e9:.2f} GB free; choose fewer images, steps or tokens_per_image, or another folder")  # fmt: skip
+        raise OSError(f"n_train: {n_images} images need {in_units(need)} in {folder}, which has {in_units(free)} free; choose fewer images, steps or tokens_per_image, or another folder")  # fmt: skip
 
 
 def _write_shard(i: int, jobs: dict[Path, dict], activations, tokens, images, chosen) -> None:
@@ -248,7 +297,30 @@ def _finish(folder: Path, job: dict, plan, before: dict[str, str]) -> dict:
         save_json(folder / "manifest.json", job | about)
     for name in digests:
         _noted(folder / name).unlink(missing_ok=True)
-    return load_json(folder / "manifest.json")
+    return _manifest(folder)
+
+
+def _told(path: Path, keys=()) -> dict:
+    """What a manifest.json or begun.json tells; ValueError if it lacks what any of them has."""
+    told = load_json(path)
+    for key in (*DESCRIBED, *keys):
+        if not isinstance(told, dict) or key not in told:
+            raise ValueError(f"{path} is damaged (it has no {key!r}); delete it and run 01_collect_trajectories again")
+    return told
+
+
+def _manifest(folder: Path) -> dict:
+    """A finished folder's manifest."""
+    told = _told(folder / "manifest.json", ("shards", "images_of_shard"))
+    for i in range(len(told["images_of_shard"])):
+        if _shard(folder, i).name not in told["shards"]:
+            raise ValueError(f"{folder / 'manifest.json'} is damaged (it has no {_shard(folder, i).name!r}); delete it and run 01_collect_trajectories again")
+    return told
+
+
+def _refuse_weights(folder, before: dict, now: str) -> None:
+    if before.get("weights") and now and before["weights"] != now:  # else one of them is not known
+        raise ValueError(f"model: its weights are not those that {folder} was made with; give that model, revision and dtype, or another run name")
 
 
 def refuse_others(folder, described: dict) -> None:
@@ -256,13 +328,31 @@ def refuse_others(folder, described: dict) -> None:
     described = json.loads(json.dumps(described))  # as it would come back from the file
     for name in ("begun.json", "manifest.json"):
         if (Path(folder) / name).exists():
-            before = load_json(Path(folder) / name)
+            before = _told(Path(folder) / name)
             arguments = before.get("sampling", {})
             before, now = before | arguments, described | dict.fromkeys(arguments) | described.get("sampling", {})
             for key, value in now.items():
-                if before.get(key) != value and key != "sampling":
-                    old, new = (v if len(str(v)) < 60 else f"{str(v)[:50]}…" for v in (before.get(key), value))
-                    raise ValueError(f"{key} is {new!r}, but {folder} was made with {old!r}; give that value or another run name")  # fmt: skip
+                if key == "weights":
+                    _refuse_weights(folder, before, value)
+                elif before.get(key) != value and key != "sampling":
+                    old, new = _apart(before.get(key), value)
+                    raise ValueError(f"{key} {new}, but {folder} was made with {old}; give that value or another run name")
+
+
+def _apart(old, new) -> tuple[str, str]:
+    """Two values that differ in words, or where they differ, if they are long."""
+    if len(repr(old)) < 60 and len(repr(new)) < 60:
+        return repr(old), f"is {new!r}"
+    if isinstance(old, list) and isinstance(new, list):
+        if len(old) != len(new):
+            return str(len(old)), f"has {len(new)} entries"
+        i = next(i for i in range(len(old)) if old[i] != new[i])
+        before, now = _apart(old[i], new[i])
+        return f"{before} there", f"{now} at entry {i}"
+    a, b = repr(old), repr(new)
+    i = max(0, len(os.path.commonprefix([a, b])) - 20)
+    a, b = (("…" if i else "") + text[i : i + 50] + ("…" if len(text) > i + 50 else "") for text in (a, b))
+    return a, f"is {b}"
 
 
 class Store:
@@ -275,7 +365,7 @@ class Store:
         self.folder = Path(folder)
         if not (self.folder / "manifest.json").exists():
             raise FileNotFoundError(f"run: {self.folder} holds no finished collection; run 01_collect_trajectories first")
-        self.manifest = m = load_json(self.folder / "manifest.json")
+        self.manifest = m = _manifest(self.folder)
         self.prompts, self.seeds, self.sampling = m["prompts"], m["seeds"], m["sampling"]
         self.steps, self.timesteps = m["steps"], m["timesteps"]
         self.grid, self.channels, self.dtype = tuple(m["grid"]), m["channels"], getattr(torch, m["dtype"])
@@ -324,11 +414,31 @@ class Store:
             return np.tile(np.arange(self.n_tokens), (len(self.indices(split)), 1))
         return np.concatenate([load_tensors(self._shard(i), ("tokens",))[0]["tokens"].numpy() for i in shards])
 
-    def images(self, split: str) -> np.ndarray:
-        """The split's images, float32, (image, height, width, 3), in [0, 1]; ValueError if they were not kept."""
+    def images(self, split: str, rows=slice(None)) -> np.ndarray:
+        """The split's images, or those of `rows` (a slice or a list), float32, (image, height, width, 3), in [0, 1]; ValueError if they were not kept."""
         if split == "train" and not self.manifest["train_images"]:
             raise ValueError(f"train_images was false when {self.folder} was collected, so the training images are not there; valid splits are validation, test")
-        return np.concatenate([load_tensors(self._shard(i), ("images",))[0]["images"].numpy() for i in self._shards_of(split)]).astype(np.float32) / 255
+        every = self._places(split)
+        if not every:
+            raise ValueError(f"split {split!r} holds no images; collect some, or choose another of {', '.join(SPLITS)}")
+        places = [every[n] for n in np.arange(len(every))[rows]]
+        out = np.empty((len(places), *load_rows(self._shard(every[0][0]), "images", [0])[0].shape), np.float32)
+        for n, image in self._rows(places, "images"):
+            out[n] = image
+        out /= 255
+        return out
+
+    def _places(self, split: str) -> list[tuple[int, int]]:
+        """Shard and row of each image of a split."""
+        return [(i, j) for i in self._shards_of(split) for j in range(len(self.manifest["images_of_shard"][i]))]
+
+    def _rows(self, places, name: str):
+        """The numbers of places (shard, row) and what a tensor holds there, shard by shard."""
+        of_shard: dict[int, list[tuple[int, int]]] = {}
+        for n, (i, j) in enumerate(places):
+            of_shard.setdefault(i, []).append((n, j))
+        for i, here in sorted(of_shard.items()):
+            yield from zip((n for n, _ in here), load_rows(self._shard(i), name, [j for _, j in here]))
 
     def batches(self, split: str, batch_size: int, seed: int = 0, start: int = 0, share: tuple[int, int] = (0, 1), buffer_bytes: int = 2**30):
         """Endless shuffled trajectories: Float[Tensor, "batch_size step channel"], float32.
@@ -376,7 +486,7 @@ class Store:
 
     def _buffers(self, split, seed, position, buffer_bytes):
         """Endless buffers of images (image, step, token, channel), as stored, each with its trajectories in a random order, from a position in the stream on."""
-        places = [(i, j) for i in self._shards_of(split) for j in range(len(self.manifest["images_of_shard"][i]))]
+        places = self._places(split)
         per_image = self.tokens_kept(split)
         at_once = max(1, buffer_bytes // bytes_per_image(self.n_steps, per_image, self.channels, self.dtype))
         small = len(places) <= at_once  # then it is read once and kept
@@ -398,8 +508,6 @@ class Store:
     def _read(self, places, per_image) -> torch.Tensor:
         """Activations of images at places (shard, row), (place, step, token, channel)."""
         out = torch.empty(len(places), self.n_steps, per_image, self.channels, dtype=self.dtype)
-        for i in sorted({i for i, _ in places}):
-            rows = [(n, j) for n, (shard, j) in enumerate(places) if shard == i]
-            for (n, _), h in zip(rows, load_rows(self._shard(i), "h", [j for _, j in rows])):
-                out[n] = h
+        for n, h in self._rows(places, "h"):
+            out[n] = h
         return out

@@ -7,12 +7,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import SAMPLING, TOKENS
-from safetensors import SafetensorError
 from test_jobs import fit, parameters, start
 
 from helpers import jobs, runs, sae, steering, stores
 from helpers.bundle import TOLD, Bundle
-from helpers.files import load_json, save_json
+from helpers.files import load_json, save_json, save_tensors
 from helpers.predictors import Predictors
 
 
@@ -136,19 +135,46 @@ def test_pieces_that_do_not_belong_together_are_refused(run, tmp_path):
         Bundle.from_run(str(tmp_path / "run"))
 
 
-@pytest.mark.parametrize("name", ["nobody/nothing", "/absent/folder"])
-def test_a_name_that_cannot_be_found_is_an_error(monkeypatch, name):
+@pytest.mark.parametrize("name, said", [("nobody/nothing", "cannot find the requested files"), ("/absent/folder", "^/absent/folder is not a folder; "), ("./absent", "^./absent is not")])
+def test_a_name_that_cannot_be_found_is_an_error(monkeypatch, name, said):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises((OSError, ValueError), match="cannot find the requested files|Repo id must be in the form"):
+    with pytest.raises(OSError, match=said):
         Bundle.from_pretrained(name)
 
 
-def test_damaged_weights_are_an_error(saved, tmp_path):
+def change(**values):
+    return lambda path: save_json(path, load_json(path) | values)
+
+
+@pytest.mark.parametrize(
+    "name, damage, said",
+    [
+        ("model.safetensors", Path.unlink, "does not exist"),
+        ("model.safetensors", lambda path: path.write_bytes(path.read_bytes()[:-9]), "is damaged"),
+        ("model.safetensors", lambda path: path.write_bytes(path.read_bytes()[:-1] + b"x"), "is damaged"),
+        ("model.safetensors", lambda path: save_tensors(path, {"mu": torch.zeros(3, 32)}), "does not fit the config.json"),
+        ("config.json", Path.unlink, "does not exist"),
+        ("config.json", lambda path: path.write_text("n_latents: 64"), "is damaged"),
+        ("config.json", lambda path: path.write_text("{}"), "is not a bundle's .it has no 'manifest'"),
+        ("config.json", lambda path: path.write_text("[]"), "is not a bundle's .it has no 'manifest'"),
+        ("config.json", change(k="4"), "is not a bundle's .it has no 'k'"),
+        ("config.json", change(manifest={"steps": [0, 1]}), "is not a bundle's .it has no 'channels'"),
+        ("config.json", change(n_latents=63), "model.safetensors does not fit the config.json"),
+        ("config.json", change(n_latents=10**15), "model.safetensors does not fit the config.json"),
+    ],
+)
+def test_a_damaged_bundle_is_named_in_one_sentence(saved, tmp_path, name, damage, said):
     shutil.copytree(saved, tmp_path / "bundle")
-    path = tmp_path / "bundle" / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(SafetensorError):
-        Bundle.from_pretrained(str(tmp_path / "bundle"))
+    damage(tmp_path / "bundle" / name)
+    with pytest.raises((ValueError, FileNotFoundError), match=f"^{tmp_path}/bundle/.*{said}") as refused:
+        Bundle.from_pretrained(tmp_path / "bundle")
+    assert "\n" not in str(refused.value)
+
+
+def test_a_bundle_goes_where_it_is_told(saved):
+    assert Bundle.from_pretrained(saved, map_location="meta").mu.is_meta
+    with pytest.raises(TypeError, match="devise"):
+        Bundle.from_pretrained(saved, devise="cpu")
 
 
 # --- steering with it ---------------------------------------------------------------------------

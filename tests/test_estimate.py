@@ -1,3 +1,5 @@
+import sys
+
 import pipelines
 import pytest
 import torch
@@ -8,9 +10,9 @@ FIRST = {
     "run": "r", "model": "demo", "device": "cpu", "dtype": "float32", "revision": "", "hookpoint": "mid_block.attentions.0", "signal": "output",
     "branch": "conditional", "also": {}, "num_inference_steps": 4, "guidance_scale": 3.0, "height": 16, "width": 24, "pipeline_arguments": {},
     "steps": [0, 2, 3], "n_keep": 5, "n_train": 10, "n_validation": 2, "n_test": 3, "store_dtype": "float16", "tokens_per_image": 8,
-    "train_images": False, "batch_size": 2,
+    "train_images": False, "batch_size": 2, "seed": 0,
 }  # fmt: skip
-THIRD = {"n_latents": 64, "k": 4, "n_updates": 10, "sae_batch_size": 32, "accumulate": 1}
+THIRD = {"n_latents": 64, "k": 4, "n_updates": 10, "sae_batch_size": 32, "accumulate": 1, "dead_after": 64, "seed": 0}
 
 
 @pytest.fixture
@@ -63,6 +65,20 @@ def test_a_wrong_hookpoint_is_named(given, monkeypatch):
     monkeypatch.setitem(FIRST, "hookpoint", "mid_block.attention.0")
     with pytest.raises(ValueError, match="mid_block.attention.0"):
         estimate.estimate("any", pipelines.stable_diffusion())
+
+
+@pytest.mark.parametrize("name, value", [("n_train", -5), ("batch_size", 0), ("accumulate", 0), ("n_updates", -1)])
+def test_sizes_that_cannot_be_are_named(given, monkeypatch, name, value):
+    monkeypatch.setitem(FIRST if name in FIRST else THIRD, name, value)
+    with pytest.raises(ValueError, match=f"^{name} is {value}; it must be at least 1$"):
+        estimate.estimate("any", object())
+
+
+@pytest.mark.parametrize("tflops", ["0", "-3", "nan", "inf"])
+def test_a_rate_that_cannot_be_is_named(given, monkeypatch, tflops):
+    monkeypatch.setattr(sys, "argv", ["estimate", "any", f"--tflops={tflops}"])
+    with pytest.raises(SystemExit, match=f"^error: tflops is {float(tflops)}; it must be a number above 0$"):
+        estimate.main()
 
 
 def test_figures_are_said_with_units():

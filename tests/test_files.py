@@ -27,6 +27,12 @@ json_values = st.recursive(
 )
 
 
+def flip(path, at):
+    data = bytearray(path.read_bytes())
+    data[at] ^= 0x40
+    path.write_bytes(data)
+
+
 def leftovers(folder):
     return [p.name for p in folder.rglob("*") if "part" in p.name]
 
@@ -83,6 +89,42 @@ def test_the_same_contents_give_the_same_bytes(tmp_path):
         assert (tmp_path / f"a.{suffix}").read_bytes() == (tmp_path / f"b.{suffix}").read_bytes()
 
 
+def test_several_things_told_of_a_file_still_give_the_same_bytes(tmp_path):
+    for i in range(8):  # metadata of several keys come in any order
+        files.save_tensors(tmp_path / str(i), TENSORS, {"a": 1, "b": {"c": 2}})
+    assert len({p.read_bytes() for p in tmp_path.iterdir()}) == 1
+
+
+def test_no_flipped_byte_goes_unnoticed(tmp_path):
+    path = tmp_path / "a.safetensors"
+    files.save_tensors(path, TENSORS, {"k": 4})
+    whole, noticed = path.read_bytes(), 0
+    start = 8 + int.from_bytes(whole[:8], "little")  # where the tensors' bytes begin
+    for at in range(len(whole)):
+        flip(path, at)
+        try:
+            tensors, _ = files.load_tensors(path)
+        except ValueError as error:
+            assert "a.safetensors is damaged" in str(error)
+            noticed += 1
+        else:  # only where it says that there is a digest
+            assert at < start and tensors.keys() == TENSORS.keys() and all(torch.equal(t, TENSORS[name]) for name, t in tensors.items())
+        path.write_bytes(whole)
+    assert noticed >= len(whole) - 40
+
+
+def test_a_digest_is_that_of_what_is_read(tmp_path):
+    """Some tensors of a file are not worth reading all of it; a file made elsewhere keeps no digest."""
+    path = tmp_path / "a.safetensors"
+    files.save_tensors(path, {"x": torch.ones(2), "y": torch.ones(2)})
+    assert files.load_tensors(path)[1] == {}
+    flip(path, -1)
+    assert torch.equal(files.load_tensors(path, ("x",))[0]["x"], torch.ones(2))
+    for metadata in (None, {"format": "pt"}, {"record": '{"k": 1}'}):
+        files.save_file({"x": torch.ones(2)}, path, metadata)
+        assert torch.equal(files.load_tensors(path)[0]["x"], torch.ones(2))
+
+
 def test_files_can_be_read_by_others(tmp_path):
     files.save_tensors(tmp_path / "a.safetensors", TENSORS)
     assert stat.S_IMODE((tmp_path / "a.safetensors").stat().st_mode) & 0o444 == 0o444
@@ -109,6 +151,32 @@ def test_a_full_disk_leaves_nothing_where_nothing_was(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="a.safetensors"):
         files.save_tensors(tmp_path / "a.safetensors", TENSORS)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failure_to_clean_up_does_not_hide_why_it_failed(tmp_path, monkeypatch):
+    def read_only(*_, **__):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(files.Path, "unlink", read_only)
+    monkeypatch.setattr(files, "save_file", fill_up)
+    with pytest.raises(OSError, match="a.safetensors could not be written.*No space left"):
+        files.save_tensors(tmp_path / "a.safetensors", TENSORS)
+    monkeypatch.setattr(files.Path, "mkdir", read_only)
+    with pytest.raises(OSError, match="a.json could not be written.*Read-only"):
+        files.save_json(tmp_path / "new" / "a.json", {})
+
+
+def test_a_folder_where_a_file_should_be_is_named(tmp_path):
+    (tmp_path / "a.file").mkdir()
+    for refused in (files.load_tensors, files.load_json, lambda path: files.load_rows(path, "x", [0]), lambda path: files.save_json(path, {})):
+        with pytest.raises((ValueError, OSError), match="a.file is a folder; "):
+            refused(tmp_path / "a.file")
+    assert [p.name for p in tmp_path.iterdir()] == ["a.file"]
+
+
+@pytest.mark.parametrize("value, said", [(0, "0 B"), (900, "900 B"), (1500, "1.50 kB"), (2_340_000, "2.34 MB"), (41e9, "41.00 GB"), (2.5e12, "2.50 TB")])
+def test_sizes_have_a_unit_that_suits_them(value, said):
+    assert files.in_units(value) == said
 
 
 def test_a_reader_of_the_old_file_never_sees_half_of_the_new_one(tmp_path):

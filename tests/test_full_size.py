@@ -54,7 +54,7 @@ def test_notebooks_at_full_size(full_size, tmp_path, capsys):
         "run": str(tmp_path / "run"), "model": str(tmp_path / "model"), "prompts": str(tmp_path / "prompts.txt"), "dtype": "float32",
         "n_train": 2, "n_validation": 2, "n_test": 2, "num_inference_steps": 3, "n_keep": 3, "hookpoint": "mid_block.attentions.0",
         "height": 128, "width": 192, "batch_size": 2, "n_timings": 1, "n_latents": 512, "k": 8, "n_updates": 4, "sae_batch_size": 8,
-        "n_updates_ablation": 2, "ablate_k": [4], "ablate_n_latents": [256], "ablate_n_keep": [2], "n_replaced": 1, "n_steered": 1,
+        "n_updates_ablation": 2, "ablate_k": [4], "ablate_n_latents": [256], "ablate_n_keep": [2], "n_replaced": 1, "n_steered": 2,
         "strengths": [2.0], "n_shuffles": 2,
     }  # fmt: skip
     for notebook in runs.analysis_notebooks():

@@ -6,14 +6,20 @@ import pytest
 import torch
 from conftest import GRID, SAMPLING, TOKENS, TUPLE, built, hooks_on
 from diffusers import (
+    AuraFlowTransformer2DModel,
+    CogView4Transformer2DModel,
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
+    Flux2Transformer2DModel,
     HeunDiscreteScheduler,
     KDPM2DiscreteScheduler,
+    LuminaNextDiT2DModel,
     PNDMScheduler,
+    QwenImageTransformer2DModel,
+    StableDiffusionPAGPipeline,
 )
 from diffusers.models.transformers.transformer_2d import Transformer2DModelOutput
 
@@ -274,6 +280,33 @@ def test_steps_when_the_timestep_is_rounded_and_a_thousandth(scheduler_class, dt
     assert [c.step for c in calls] == [distinct.index(t) for t in listed]
 
 
+@pytest.mark.parametrize("divisor, last", [(1000, 1.0), (1, 1.0), (1000, 0.1)])
+def test_a_last_timestep_of_one_is_not_a_first_of_a_thousand_divided(divisor, last):
+    scheduler, flow, latents = FlowMatchEulerDiscreteScheduler(), Flow(), torch.ones(1, 4, 4, 4)
+    scheduler.set_timesteps(sigmas=[1.0, 0.5, last / 1000])
+
+    def run(latents):
+        for t in scheduler.timesteps:
+            latents = scheduler.step(flow(latents, t.repeat(1) / divisor), t, latents, return_dict=False)[0]
+
+    assert [c.step for _, c in heard(flow, scheduler, "block", lambda: run(latents))] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("at", [1, 5])
+def test_a_number_beside_the_schedulers_list_is_no_entry_of_it(at):
+    beside = torch.tensor([900.0, 100.0, 500.0, 300.0, 100.0, 910.0])
+    listed = beside[0:5:2]  # 900, 500, 100, in the same storage
+    assert hooks._step(beside[at], listed, *hooks.numbered(listed))[0] == {1: 2, 5: 0}[at]
+
+
+@pytest.mark.parametrize("n", [9, 10])
+def test_a_scheduler_with_more_timesteps_than_steps_is_refused(n):
+    scheduler = PNDMScheduler(skip_prk_steps=False)
+    scheduler.set_timesteps(n)
+    with pytest.raises(ValueError, match=f"scheduler PNDMScheduler lists .* different timesteps for num_inference_steps={n}"):
+        hooks.steps_of(scheduler)
+
+
 # --- every family of models against naive hooks -------------------------------------------------
 
 
@@ -400,6 +433,155 @@ def test_text_is_left_out_even_if_it_has_as_many_tokens_as_the_image(fact):
         handle.remove()
     for recorded, expected in zip(h, zip(*raw)):
         assert torch.equal(recorded, torch.stack([expected[0], expected[2]], 1))
+
+
+HEADS = {"num_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2}
+QWEN = (QwenImageTransformer2DModel, HEADS | {"patch_size": 2, "in_channels": 16, "out_channels": 4, "joint_attention_dim": 32, "axes_dims_rope": (4, 6, 6)})  # fmt: skip
+AURA = (AuraFlowTransformer2DModel, {
+    "sample_size": 8, "patch_size": 2, "in_channels": 4, "num_mmdit_layers": 1, "num_single_dit_layers": 1, "attention_head_dim": 16,
+    "num_attention_heads": 2, "joint_attention_dim": 32, "caption_projection_dim": 32, "out_channels": 4, "pos_embed_max_size": 16,
+})  # fmt: skip
+FLUX2 = (Flux2Transformer2DModel, HEADS | {
+    "patch_size": 1, "in_channels": 16, "num_layers": 1, "num_single_layers": 1, "joint_attention_dim": 32, "timestep_guidance_channels": 16,
+    "axes_dims_rope": (4, 4, 4, 4),
+})  # fmt: skip
+COGVIEW = (CogView4Transformer2DModel, {
+    "patch_size": 2, "in_channels": 4, "out_channels": 4, "num_layers": 1, "attention_head_dim": 8, "num_attention_heads": 4, "text_embed_dim": 32,
+    "time_embed_dim": 8, "condition_dim": 4, "pos_embed_max_size": 32, "sample_size": 8,
+})  # fmt: skip
+OTHERS = {  # the class, the hookpoint, how many tokens of text, which of its outputs is the image, how many tokens stand before it
+    "qwen, wide": (QWEN, "transformer_blocks.0", 9, 1, 0),
+    "qwen's attention": (QWEN, "transformer_blocks.0.attn", 16, 0, 0),
+    "aura, joint": (AURA, "joint_transformer_blocks.0", 7, 1, 0),
+    "aura, single": (AURA, "single_transformer_blocks.0", 7, None, 15),
+    "flux 2": (FLUX2, "transformer_blocks.0", 7, 1, 0),
+    "flux 2, single": (FLUX2, "single_transformer_blocks.0", 7, None, 7),
+    "cogview": (COGVIEW, "transformer_blocks.0", 16, 0, 0),
+}
+
+
+def call_of(denoiser, text, reference=0):
+    """Arguments as the pipeline gives them for one image of 2×8 tokens, and `reference` more."""
+    rows, columns = torch.meshgrid(torch.arange(2), torch.arange(8), indexing="ij")
+    ids = torch.stack([0 * rows, rows, columns, 0 * rows], -1).reshape(1, 16, 4)
+    packed = torch.randn(1, 16 + reference, 16)
+    given = {"timestep": torch.tensor([1.0]), "encoder_hidden_states": torch.randn(1, text, 32)}
+    own = {
+        "Qwen": {"hidden_states": packed, "img_shapes": [[(1, 2, 8)]], "encoder_hidden_states_mask": torch.ones(1, text)},
+        "Flux": {"hidden_states": packed, "img_ids": ids, "txt_ids": torch.zeros(1, text, 4), "guidance": torch.ones(1)},
+        "Aura": {"hidden_states": torch.randn(1, 4, 4, 16)},
+        "CogV": {"hidden_states": torch.randn(1, 4, 4, 16), **{k: torch.ones(1, 2) for k in ("original_size", "target_size", "crop_coords")}},
+    }
+    return given | own[type(denoiser).__name__[:4]]
+
+
+@pytest.mark.parametrize("what", OTHERS)
+def test_other_transformers_give_the_image_and_its_grid(what):
+    (kind, config), hookpoint, text, at, before = OTHERS[what]
+    torch.manual_seed(0)
+    denoiser, raw = kind(**config).eval(), []
+    denoiser.get_submodule(hookpoint).register_forward_hook(lambda m, args, out: raw.append(out if at is None else out[at]))
+    with torch.no_grad():
+        [(tokens, call)] = heard(denoiser, [1.0, 0.5], hookpoint, lambda: denoiser(**call_of(denoiser, text)))
+    assert call.grid == (2, 8) and torch.equal(tokens, raw[0][:, before:])
+
+
+class Packed(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.block = torch.nn.Identity()
+
+    def forward(self, hidden_states, timestep, encoder_hidden_states=None):
+        return self.block(hidden_states)
+
+
+def test_the_shape_of_packed_tokens_is_guessed_only_where_there_is_no_text():
+    denoiser, packed = Packed(), torch.ones(1, 9, 4)
+    [(_, call)] = heard(denoiser, [1.0, 0.5], "block", lambda: denoiser(packed, torch.tensor(1.0)))
+    assert call.grid == (3, 3)
+    with pytest.raises(ValueError, match="hookpoint 'block': its output"):
+        heard(denoiser, [1.0, 0.5], "block", lambda: denoiser(packed, torch.tensor(1.0), packed))
+
+
+def test_reference_images_beside_the_image_are_refused():
+    denoiser = QWEN[0](**QWEN[1])
+    with pytest.raises(ValueError, match="given 25 tokens for a grid of 2 × 8; valid is one image"):
+        heard(denoiser, [1.0, 0.5], "transformer_blocks.0", lambda: denoiser(**call_of(denoiser, 9, reference=9)))
+
+
+def test_usual_hookpoints_of_auraflow_are_its_blocks():
+    assert hooks.usual(AURA[0](**AURA[1])) == ["joint_transformer_blocks.0", "single_transformer_blocks.0"]
+
+
+def test_a_denoiser_that_is_given_reversed_time_is_refused_by_name():
+    lumina = LuminaNextDiT2DModel(
+        sample_size=8, patch_size=2, in_channels=4, hidden_size=24, num_layers=1, num_attention_heads=3, num_kv_heads=1, multiple_of=16,
+        cross_attention_dim=32,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="its denoiser LuminaNextDiT2DModel is given 1 - timestep / 1000"):
+        heard(lumina, [1.0, 0.5], "layers.0", lambda: None)
+
+
+def test_perturbed_attention_guidance_is_refused(pipe):
+    parts = {k: v for k, v in pipe.components.items() if k != "image_encoder"}
+    with pytest.raises(ValueError, match="model StableDiffusionPAGPipeline runs perturbed-attention guidance"):
+        hooks.denoiser_of(StableDiffusionPAGPipeline(**parts, requires_safety_checker=False))
+
+
+@pytest.mark.parametrize("signal", hooks.SIGNALS)
+def test_the_extra_pass_of_skip_layer_guidance_is_not_heard(signal):
+    pipe, prompts, seeds, sampling, _ = asked("sd3", False)
+    where = {"hookpoint": "transformer_blocks.1", "steps": [0, 1, 2], "signal": signal}
+    skipping = {"skip_guidance_layers": [0], "skip_layer_guidance_start": 0.0, "skip_layer_guidance_stop": 0.9}
+    plain = record(pipe, prompts, seeds, **where, **sampling)[1]
+    skipped = record(pipe, prompts, seeds, **where, **skipping, skip_layer_guidance_scale=0.0, **sampling)[1]
+    torch.testing.assert_close(skipped, plain, atol=1e-4, rtol=1e-4)
+
+
+class Any(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.block = torch.nn.Identity()
+
+    def forward(self, *args):
+        return self.block(args[0])
+
+
+def test_latents_that_are_not_one_tensor_are_refused_in_one_sentence(scheduler):
+    denoiser = Any()
+    with pytest.raises(ValueError, match="model: its denoiser was given a tuple for its latents; valid is a forward that names"):
+        heard(denoiser, scheduler, "block", lambda: denoiser(numbered(), scheduler.timesteps[0]))
+
+
+@pytest.mark.parametrize("model, hookpoint, options", [
+    ("sd1", TOKENS + ".attn2.to_k", {"height": 16, "width": 32}),  # 32 tokens of text, 4×8 of the image
+    ("sd1", TOKENS + ".attn2.to_v", {"height": 16, "width": 32}),
+    ("flux", "transformer_blocks.0.attn.to_add_out", {"max_sequence_length": 16}),
+    ("flux", "transformer_blocks.0.attn.add_k_proj", {"max_sequence_length": 16}),
+    ("flux", "transformer_blocks.0.ff_context", {"max_sequence_length": 16}),
+    ("flux", "context_embedder", {"max_sequence_length": 16}),
+])  # fmt: skip
+def test_text_alone_is_no_image_even_if_it_has_as_many_tokens(model, hookpoint, options):
+    pipe, prompts, seeds, sampling, _ = asked(model, False)
+    with pytest.raises(ValueError, match=f"hookpoint {hookpoint!r}: its output.*not a grid"):
+        record(pipe, prompts, seeds, hookpoint=hookpoint, steps=[0, 1], **options, **sampling)
+
+
+class Grouped(torch.nn.Module):
+    """A group norm over (row, channel, token), as in the attentions of U-Nets; as many channels as tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = torch.nn.GroupNorm(2, HEIGHT * WIDTH)
+
+    def forward(self, x, t):
+        return self.norm(x.flatten(2).transpose(1, 2))
+
+
+def test_a_group_norm_over_channels_and_tokens_is_refused(scheduler):
+    denoiser = Grouped()
+    with pytest.raises(ValueError, match="hookpoint 'norm': its output"):
+        heard(denoiser, scheduler, "norm", lambda: denoiser(numbered(), scheduler.timesteps[0]))
 
 
 # the last module that holds a token of each place
@@ -596,12 +778,14 @@ def test_hooks_are_gone_after_sampling(pipe, prompts):
     assert len(heard(pipe.unet, pipe.scheduler, TOKENS, lambda: generate(pipe, prompts[:1], [0], **SAMPLING))) == 3
 
 
-@pytest.mark.parametrize("way", ["torch.compile(module)", "module.compile()", "one block"])
+@pytest.mark.parametrize("way", ["torch.compile(module)", "module.compile()", "one block", "torch.compile(module.forward)"])
 def test_a_compiled_denoiser_is_refused_in_one_sentence(toy, scheduler, way):
     if way == "one block":
         toy.grid.compile()
     elif way == "module.compile()":
         toy.compile()
+    elif way == "torch.compile(module.forward)":
+        toy.forward = torch.compile(toy.forward)
     compiled = torch.compile(toy) if way == "torch.compile(module)" else toy
     with pytest.raises(ValueError, match="model: its denoiser is compiled by torch.compile") as refused:
         heard(compiled, scheduler, "grid", lambda: None)

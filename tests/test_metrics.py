@@ -151,16 +151,41 @@ def test_the_interval_of_auroc_resamples_images():
     images = np.repeat(np.arange(12), 30)
     labels = np.repeat(np.arange(12) % 2 == 0, 30)
     scores = labels + np.repeat(rng.normal(0, 1.5, 12), 30) + 0.01 * rng.random(360)
-    by_image = metrics.auroc_interval(scores, labels, images)
-    by_token = metrics.auroc_interval(scores, labels, np.arange(360))
+    by_image = metrics.of_resampled(metrics.resampled_auroc(scores, labels, images, 12))
+    by_token = metrics.of_resampled(metrics.resampled_auroc(scores, labels, np.arange(360), 360))
     assert by_image.value == by_token.value == pytest.approx(roc_auc_score(labels, scores))
     assert by_image.low <= by_image.value <= by_image.high
     assert by_image.high - by_image.low > 2 * (by_token.high - by_token.low)
 
 
 def test_the_interval_of_a_label_that_never_holds_is_nan():
-    estimate = metrics.auroc_interval(np.arange(6.0), np.zeros(6, bool), np.arange(6))
+    estimate = metrics.of_resampled(metrics.resampled_auroc(np.arange(6.0), np.zeros(6, bool), np.arange(6), 6))
     assert same(estimate, [nan] * 3)
+
+
+def test_resampled_auroc_draws_the_same_images_whoever_takes_part():
+    rng = np.random.default_rng(1)
+    images, labels, scores = np.repeat(np.arange(8), 5), rng.random(40) < 0.5, rng.random(40)
+    some = images != 3  # an image without samples of this kind keeps its place in the draw
+    kept = metrics.resampled_auroc(scores[some], labels[some], images[some], 8, n_resamples=20)
+    picks = np.random.default_rng(0).integers(8, size=(20, 8))
+    for value, pick in zip(kept[1:], picks):
+        rows = np.concatenate([np.nonzero(images == i)[0] for i in pick if i != 3])
+        assert value == pytest.approx(roc_auc_score(labels[rows], scores[rows]))
+
+
+@pytest.mark.parametrize("n_true, n", [(0, 12), (12, 12), (3, 10), (1, 1)])
+def test_the_interval_of_a_share_is_wilsons(n_true, n):
+    z = 1.959963984540054
+    p = n_true / n
+    centre, half = (p + z**2 / (2 * n)) / (1 + z**2 / n), z * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2)) / (1 + z**2 / n)
+    estimate = metrics.share(np.arange(n) < n_true)
+    assert estimate == pytest.approx((p, max(0, centre - half), min(1, centre + half)))
+    assert estimate.low < estimate.high
+
+
+def test_the_share_of_nothing_is_nan():
+    assert same(metrics.share([]), [nan] * 3)
 
 
 # --- cosine -------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -45,13 +46,28 @@ def test_changed_parameters_reach_the_files_and_the_metrics(tiny_run):
     assert list((tiny_run / "run" / "figures").glob("*.pdf"))
 
 
+def test_the_same_parameters_give_the_same_bytes_and_figures(tiny_run, tmp_path):
+    for notebook, parameters in (("01", TINY), ("02", {"ridge_strengths": [0.1, 1.0]}), ("03", {"k": 2, "n_latents": 16, "n_updates": 3, "sae_batch_size": 20})):
+        for run in (tmp_path / "run", *([tiny_run / "run"] if notebook == "03" else [])):
+            done = papermill(tmp_path, notebook, run=str(run), **parameters)
+            assert done.returncode == 0, done.stderr[-2000:]
+    for name in ("trajectories/manifest.json", "trajectories/shard-00000.safetensors", "moments/train.safetensors", "predictors.safetensors", "sae.safetensors"):
+        assert (tmp_path / "run" / name).read_bytes() == (tiny_run / "run" / name).read_bytes(), name
+    for notebook in ("02_fit_predictors", "03_train_residual_sae"):
+        first, again = (files.load_json(run / "run" / "metrics" / f"{notebook}.json")["metrics"] for run in (tiny_run, tmp_path))
+        assert {k: v for k, v in first.items() if k != "seconds"} == {k: v for k, v in again.items() if k != "seconds"}
+
+
 @pytest.mark.parametrize(
     ("notebook", "parameters", "sentence"),
     [
         ("01", TINY | {"hookpoint": "mid_block.attention.0"}, "hookpoint 'mid_block.attention.0' is not a module"),
         ("01", TINY | {"steps": [0, 3]}, "step 3 does not exist"),
         ("01", TINY | {"guidance_scale": 2.0, "prompts": "scenes"}, "guidance_scale is 2.0, but"),
+        ("01", TINY | {"n_train": 4.5}, "n_train is 4.5; it must be a whole number"),
+        ("01", TINY | {"prompts": "empty.txt"}, r"prompts '?.*empty.txt"),
         ("03", {"k": 33, "n_latents": 32}, "k is 33; with n_latents=32 it must lie in 1 to 32"),
+        ("03", {"k": 3, "n_latents": 32, "damaged": True}, "predictors.safetensors is damaged"),
         ("04", {}, "latents.json|sae.safetensors does not exist"),
     ],
 )
@@ -61,8 +77,14 @@ def test_bad_input_fails_with_one_sentence(tiny_run, tmp_path, notebook, paramet
         run.mkdir()
         (run / "trajectories").symlink_to(tiny_run / "run" / "trajectories")
         (run / "predictors.safetensors").symlink_to(tiny_run / "run" / "predictors.safetensors")
+    elif parameters.pop("damaged", False):
+        run = tmp_path / "run"
+        shutil.copytree(tiny_run / "run", run)
+        whole = (run / "predictors.safetensors").read_bytes()
+        (run / "predictors.safetensors").write_bytes(whole[:-100] + bytes([whole[-100] ^ 1]) + whole[-99:])
     else:
         run = tiny_run / "run"
+    (tmp_path / "empty.txt").write_text("\n")
     done = papermill(tmp_path, notebook, run=str(run), **parameters)
     assert done.returncode != 0
     assert re.search(sentence, done.stderr), done.stderr[-1500:]
@@ -90,13 +112,13 @@ def test_parameter_files_name_only_parameters_that_exist(path):
 
 
 def test_demo_parameters_are_the_notebooks_defaults():
-    defaults = {k: v for n in runs.analysis_notebooks() for k, v in runs.parameters_of(n).items()}
+    defaults = {k: default for n in runs.analysis_notebooks() for k, (default, _) in runs.parameters_of(n).items()}
     for name, value in runs.load_parameters("demo").items():
-        assert yaml.safe_load(defaults[name].strip("\"'")) == value, name
+        assert defaults[name] == value, name
 
 
 def test_a_name_means_one_thing_in_every_notebook():
-    seen: dict[str, str] = {}
+    seen: dict[str, tuple] = {}
     for notebook in runs.analysis_notebooks():
         for name, default in runs.parameters_of(notebook).items():
             assert seen.setdefault(name, default) == default, (notebook.stem, name)

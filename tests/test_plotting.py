@@ -41,12 +41,20 @@ def test_a_heat_map_lies_upright_over_its_image(ax):
     heat = np.arange(8.0).reshape(2, 4)
     shown = plotting.overlay(ax, IMAGE, heat, vmax=7)
     below, above = ax.images
-    assert above is shown
-    assert np.array_equal(above.get_array(), heat) and below.get_array().shape == (16, 32)
+    assert below is shown and below.get_alpha() is None  # in the colours of its colour bar
+    assert np.array_equal(below.get_array(), heat) and above.get_array().shape == (16, 32, 4)
     assert above.origin == below.origin == "upper"
     assert above.get_extent() == below.get_extent() == [0, 32, 16, 0]
     assert ax.get_xlim() == (0, 32) and ax.get_ylim() == (16, 0)
     assert shown.get_clim() == (0, 7)
+
+
+def test_lines_over_a_heat_map_stand_where_the_image_has_edges(ax):
+    image = np.zeros((16, 32, 3))
+    image[:, 20:] = 1
+    plotting.overlay(ax, image, np.zeros((2, 4)), vmax=1)
+    opacity = ax.images[1].get_array()[..., 3]
+    assert (opacity[:, 19:21] > 0.4).all() and not opacity[:, :19].any() and not opacity[:, 21:].any()
 
 
 @pytest.mark.parametrize("row, column", [(0, 3), (1, 0), (1, 2)])
@@ -67,9 +75,9 @@ def test_a_strip_shows_the_image_and_every_step_on_one_scale():
     shown = plotting.heat_strip(axes, IMAGE, heat, [667.0, 334.0, 1.4])
     assert np.array_equal(axes[0].images[0].get_array(), IMAGE)
     for ax, h, title in zip(axes[1:], heat, ("t = 667", "t = 334", "t = 1")):
-        assert np.array_equal(ax.images[1].get_array(), h)
-        assert ax.images[1].get_clim() == (0, 5) == shown.get_clim()
-        assert ax.images[1].get_extent() == [0, 32, 16, 0] and ax.images[1].origin == "upper"
+        assert np.array_equal(ax.images[0].get_array(), h)
+        assert ax.images[0].get_clim() == (0, 5) == shown.get_clim()
+        assert ax.images[0].get_extent() == [0, 32, 16, 0] and ax.images[0].origin == "upper"
         assert ax.get_title() == title
     plt.close(fig)
 
@@ -97,15 +105,6 @@ def test_lines_carry_their_intervals_as_a_band(ax):
     assert ax.lines[0].get_ydata().tolist() == [0.5, 0.2] and ax.lines[0].get_label() == "EV"
     band = ax.collections[0].get_paths()[0].vertices
     assert {tuple(v) for v in band.round(6)} == {(1, 0.4), (1, 0.7), (2, 0.1), (2, 0.3)}
-
-
-def test_bars_carry_their_intervals_and_names_from_the_top(ax):
-    plotting.bars(ax, ["first", "second"], ESTIMATES)
-    assert [p.get_width() for p in ax.patches] == [0.5, 0.2]
-    assert [t.get_text() for t in ax.get_yticklabels()] == ["first", "second"]
-    segments = ax.collections[0].get_segments()
-    np.testing.assert_allclose([s[:, 0] for s in segments], [[0.4, 0.7], [0.1, 0.3]])
-    assert ax.get_ylim()[0] > ax.get_ylim()[1]
 
 
 def figure():
@@ -157,3 +156,13 @@ def test_tiles_lie_in_reading_order_with_a_white_gap():
     assert sheet.shape == (8, 12, 3)
     assert (sheet[:3, :5] == 0).all() and (sheet[:3, 7:] == 51).all() and (sheet[5:, :5] == 102).all()
     assert (sheet[3:5] == 255).all() and (sheet[:, 5:7] == 255).all() and (sheet[5:, 7:] == 255).all()
+
+
+def test_a_figure_that_cannot_be_written_is_told_in_one_sentence(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"^figures: .*file cannot be made \(.*\); give another run, or make the folder writable$"):
+        plotting.save_figure(figure(), tmp_path / "file", "x")
+    (tmp_path / "x.pdf").mkdir()
+    with pytest.raises(OSError, match=r"^figures: .*x.pdf could not be written \(.*\); free some disk space"):
+        plotting.save_figure(figure(), tmp_path, "x")
+    assert not list(tmp_path.glob(".x*"))

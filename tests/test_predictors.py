@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.linear_model import Ridge
 
-from helpers import files, sae
+from helpers import files, predictors, sae
 from helpers.predictors import STRENGTHS, Moments, Predictors, accumulate, eigenvalues, fit
 
 S, D = 3, 4
@@ -61,6 +61,22 @@ def test_moments_do_not_depend_on_how_images_are_cut_into_shards(seed, cuts):
         assert other.count == whole.count
         for name in ("total", "square", "cross"):
             torch.testing.assert_close(getattr(other, name), getattr(whole, name), rtol=1e-10, atol=1e-9)
+
+
+@pytest.mark.parametrize("n", [1, 3, 40])
+def test_small_shards_are_summed_together(monkeypatch, n):
+    """Fewer rows than channels are not worth adding (d, d) up for; the sums are the same."""
+    products, squares = [], predictors._squares
+    monkeypatch.setattr(predictors, "_squares", lambda h: products.append(h.shape[1]) or squares(h))
+    h = torch.randn(n, 2, 4, 20, generator=torch.Generator().manual_seed(0)) + 5
+    together, shift = accumulate(h.split(1)), accumulate([h[:1]]).shift
+    assert products[:-1] == [n * 4] if n * 4 < 20 else products[:-1] == [20] * (n * 4 // 20)
+    x = flat(h) - shift.numpy()
+    assert together.count == n * 4 and torch.equal(together.shift, shift)
+    np.testing.assert_allclose(together.total, x.sum(0), rtol=1e-12, atol=1e-10)
+    for s in range(2):
+        np.testing.assert_allclose(together.square[s], x[:, s].T @ x[:, s], rtol=1e-12, atol=1e-10)
+    np.testing.assert_allclose(together.cross[1], x[:, 0].T @ x[:, 1], rtol=1e-12, atol=1e-10)
 
 
 def test_moments_with_different_shifts_do_not_add():
@@ -199,6 +215,29 @@ def test_the_strength_is_the_best_of_those_tried_on_held_out_images():
     errors = [(residuals(fit(train, held, (s,)), validation)[1][:, 1:] ** 2).sum((0, 2)) for s in STRENGTHS]
     np.testing.assert_allclose(chosen, np.array(STRENGTHS)[np.argmin(errors, axis=0)], rtol=1e-5)
     assert (chosen > min(STRENGTHS)).all()
+
+
+@pytest.mark.parametrize("strengths, said", [((0.1, -1), "holds -1;"), ((float("nan"),), "holds nan;"), ((float("inf"), 1), "holds inf;"), (("a",), "holds 'a';"), ((), "is empty;")])
+def test_strengths_that_mean_nothing_are_refused(fitted, strengths, said):
+    moments = accumulate([recorded()])
+    with pytest.raises(ValueError, match=f"^ridge_strengths {said}.*of at least 0$"):
+        fit(moments, moments, strengths)
+
+
+def test_a_predictor_that_is_not_determined_is_refused_and_another_strength_chosen():
+    h = recorded()
+    h[..., 1] = 7  # a channel that never varies, so that without ridge anything may be its coefficient
+    moments = accumulate([h])
+    with pytest.raises(ValueError, match=r"^ridge_strengths \[0\]: .*kept step number 1 is not determined; valid is a number above 0"):
+        fit(moments, moments, [0])
+    assert fit(moments, moments, [0, 0.1]).strength[1] == pytest.approx(0.1)
+
+
+def test_moments_of_no_trajectories_are_refused():
+    moments = accumulate([recorded()])
+    for train, validation in ((Moments.none(moments.shift), moments), (moments, Moments.none(moments.shift))):
+        with pytest.raises(ValueError, match="no trajectories"):
+            fit(train, validation)
 
 
 def test_the_first_step_has_no_predictor(fitted):
@@ -346,3 +385,20 @@ def test_a_file_that_holds_no_predictors_is_named(tmp_path):
     for name in ("sae", "part"):
         with pytest.raises(ValueError, match=f"{name}.safetensors does not hold predictors"):
             Predictors.load(tmp_path / f"{name}.safetensors")
+
+
+def test_a_file_that_holds_no_moments_is_named(tmp_path, fitted):
+    fitted[2].save(tmp_path / "p.safetensors")
+    files.save_tensors(tmp_path / "part.safetensors", {"count": torch.tensor(3)})
+    for name in ("p", "part"):
+        with pytest.raises(ValueError, match=f"{name}.safetensors does not hold moments; delete it"):
+            Moments.load(tmp_path / f"{name}.safetensors")
+
+
+@pytest.mark.parametrize("name", ["moments", "predictors"])
+def test_a_flipped_byte_is_noticed(tmp_path, fitted, name):
+    what, path = accumulate([recorded()]) if name == "moments" else fitted[2], tmp_path / f"{name}.safetensors"
+    what.save(path)
+    path.write_bytes(path.read_bytes()[:-9] + bytes([path.read_bytes()[-9] ^ 1]) + path.read_bytes()[-8:])
+    with pytest.raises(ValueError, match=f"{name}.safetensors is damaged"):
+        type(what).load(path)

@@ -76,6 +76,17 @@ def test_a_table_that_cannot_be_read_is_named_in_one_sentence(tmp_path, name, co
     assert "\n" not in str(refused.value)
 
 
+def test_a_text_that_is_none_is_named(tmp_path):
+    (tmp_path / "p.txt").write_bytes(b"a dog\n\xff\xfe\x00\n")
+    with pytest.raises(ValueError, match="prompts '.*p.txt' is not a text in UTF-8"):
+        read_prompts(tmp_path / "p.txt")
+
+
+def test_a_texts_byte_order_mark_is_no_part_of_the_first_prompt(tmp_path):
+    (tmp_path / "p.txt").write_text("a cät\n", encoding="utf-8-sig")
+    assert read_prompts(tmp_path / "p.txt") == ["a cät"]
+
+
 @pytest.mark.parametrize("absent", ["absent.txt", "folder/absent.csv", "scene"])
 def test_a_prompt_file_that_is_missing_is_named(absent):
     with pytest.raises(FileNotFoundError, match=f"prompts '{absent}' is not a file.*'scenes'"):

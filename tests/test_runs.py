@@ -216,8 +216,70 @@ def ran(project):
 def test_parameters_are_those_of_the_tagged_cell(two_notebooks):
     first, second = runs.analysis_notebooks()
     assert (first.name, second.name) == ("01_first.ipynb", "02_second.ipynb")
-    assert runs.parameters_of(first) == {"run": '"demo"', "count": "1"}
-    assert runs.parameters_of(second) == {"run": '"demo"', "scale": '"x"'}
+    assert runs.parameters_of(first) == {"run": ("demo", "str"), "count": (1, "int")}
+    assert runs.parameters_of(second) == {"run": ("demo", "str"), "scale": ("x", "str")}
+
+
+KNOWN = {
+    "seed": (0, "int"), "k": (20, "int"), "rate": (0.5, "float"), "ship": (False, "bool"), "run": ("demo", "str"), "also": ({}, "dict"),
+    "steps": ([], "list[int]"), "strengths": ([1.0], "list[float]"), "windows": ([], "list[list]"), "show": ([], "list[str]"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name, value, sentence",
+    [
+        ("k", 4.5, "k is 4.5; it must be a whole number, such as 20"),
+        ("k", "4", "k is '4'; it must be a whole number"),
+        ("k", True, "k is True; it must be a whole number"),
+        ("k", None, "k is None; it must be a whole number"),
+        ("seed", -1, "seed is -1; it must be a whole number of at least 0"),
+        ("rate", "2e-3", "rate is '2e-3'; it must be a finite number, such as 0.5"),
+        ("rate", float("nan"), "rate is nan; it must be a finite number"),
+        ("rate", False, "rate is False; it must be a finite number"),
+        ("ship", "no", "ship is 'no'; it must be true or false"),
+        ("ship", 0, "ship is 0; it must be true or false"),
+        ("run", 7, "run is 7; it must be a text, such as 'demo'"),
+        ("also", [], r"also is \[\]; it must be pairs of name and value"),
+        ("steps", 5, "steps is 5; it must be a list with a whole number for each entry"),
+        ("steps", "[0, 4]", r"steps is '\[0, 4\]'; it must be a list with a whole number for each entry"),
+        ("steps", [0.5], r"steps is \[0.5\]; it must be a list with a whole number"),
+        ("strengths", [float("inf")], r"strengths is \[inf\]; it must be a list with a finite number for each entry, such as \[1.0\]"),
+        ("windows", [3], r"windows is \[3\]; it must be a list with a list for each entry"),
+        ("show", "colour=red", "show is 'colour=red'; it must be a list with a text for each entry"),
+    ],
+)
+def test_a_parameter_of_the_wrong_type_is_named_with_what_would_be_valid(name, value, sentence):
+    with pytest.raises(ValueError, match=f"^{sentence}"):
+        runs.checked({name: value}, KNOWN)
+
+
+def test_parameters_of_the_right_type_pass_as_they_are():
+    values = {"seed": 0, "k": 1, "rate": 2, "ship": True, "run": "x", "also": {"a": 1}, "steps": [0], "strengths": [1, 0.5], "windows": [[0, 1]], "show": []}
+    assert runs.checked(values, KNOWN) == values
+
+
+def test_every_default_is_of_its_own_type():
+    for notebook in [runs.NOTEBOOKS / "00_demo_model.ipynb", *runs.analysis_notebooks()]:
+        known = runs.parameters_of(notebook)
+        assert runs.checked({k: default for k, (default, _) in known.items()}, known)
+
+
+def test_a_run_that_cannot_be_written_is_refused_at_the_start(tmp_path):
+    (tmp_path / "file").write_text("")
+    known = {k: default for k, (default, _) in runs.parameters_of(runs.NOTEBOOKS / "02_fit_predictors.ipynb").items()}
+    assert runs.parameters_here("02_fit_predictors", known | {"run": str(tmp_path / "new"), "other": 1})["seed"] == 0
+    assert not (tmp_path / "new").exists()
+    for run in (str(tmp_path / "file"), str(tmp_path / "file" / "below")):
+        with pytest.raises(ValueError, match="run is '.*', but .*file is not a folder that can be written in"):
+            runs.parameters_here("02_fit_predictors", known | {"run": run})
+
+
+@pytest.mark.parametrize("text, sentence", [("a: [", "cannot be read as YAML"), ("\ta: 1", "cannot be read as YAML"), ("7", "holds 7; it must hold lines"), ("3: 4", "no notebook has a parameter 3")])
+def test_a_parameter_file_that_is_none_is_told_in_one_sentence(two_notebooks, tmp_path, text, sentence):
+    (tmp_path / "bad.yaml").write_text(text)
+    with pytest.raises(ValueError, match=f"bad.yaml:? {sentence}"):
+        runs.load_parameters(str(tmp_path / "bad.yaml"))
 
 
 def test_a_parameter_file_is_found_by_name_and_by_path(two_notebooks, tmp_path):

@@ -13,7 +13,7 @@ from conftest import some_predictors
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helpers.files import load_tensors
+from helpers.files import load_tensors, save_tensors
 from helpers.sae import SAE, train
 
 D, M, K = 16, 24, 3
@@ -442,3 +442,53 @@ def test_a_file_that_holds_no_sae_is_named(tmp_path):
     some_predictors().save(tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="other.safetensors does not hold an SAE"):
         SAE.load(tmp_path / "other.safetensors")
+
+
+# --- the threshold on inputs not trained on -----------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [7, 3000])
+def test_set_threshold_leaves_k_active_on_average(n):
+    sae = SAE(D, M, K, seed=1)
+    y = torch.randn(n, D, generator=torch.Generator().manual_seed(2))
+    assert sae.set_threshold(y) is sae
+    z = sae.encode(y)
+    assert (z > 0).sum() == K * n
+    flat = sae.preactivations(y).flatten().sort(descending=True).values  # all at once, sorted
+    assert sae.threshold == flat[K * n]
+
+
+def test_set_threshold_where_fewer_than_k_are_positive_keeps_them_all():
+    sae = SAE(D, M, M)
+    y = torch.randn(50, D, generator=torch.Generator().manual_seed(3))
+    sae.set_threshold(y)
+    assert sae.threshold == 0 and torch.equal(sae.encode(y), sae.preactivations(y))
+
+
+def test_set_threshold_refuses_nan():
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        SAE(D, M, K).set_threshold(torch.full((4, D), float("nan")))
+
+
+@pytest.mark.parametrize(
+    "changes, sentence",
+    [
+        ({"learning_rate": 0.0}, "learning_rate is 0.0; it must be above 0"),
+        ({"dead_after": -1}, "dead_after is -1; it must be above 0"),
+        ({"n_steps": 0}, "n_updates is 0; it must be above 0"),
+        ({"accumulate": 0}, "accumulate is 0; it must be above 0"),
+        ({"accumulate": 200}, "sae_batch_size gives 256 inputs at once; with accumulate=200 it must be at least 400"),
+    ],
+)
+def test_training_refuses_what_cannot_train(changes, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        trained_on_sparse_data(**changes)
+
+
+def test_a_checkpoint_of_something_else_is_named(tmp_path):
+    trained_on_sparse_data(n_steps=2, checkpoints=tmp_path)
+    (path,) = tmp_path.glob("*.safetensors")
+    tensors, record = load_tensors(path)
+    save_tensors(path, {"other": tensors["b_dec"]}, record)
+    with pytest.raises(ValueError, match="does not hold a checkpoint of this training; delete it"):
+        trained_on_sparse_data(n_steps=2, checkpoints=tmp_path)

@@ -87,9 +87,9 @@ def test_scaling_adds_a_multiple_of_what_the_image_has(factor, times):
                 torch.testing.assert_close(change[s, i, t], times * codes[i, t] * p.scale[s] * u[s])
 
 
-@pytest.mark.parametrize("window", [(-1, 2), (2, 1), (0, 4), (4, 4)])
+@pytest.mark.parametrize("window", [(-1, 2), (2, 1), (0, 4), (4, 4), [0], [0, 1, 2], 5, [0, 1.5], "01", []])
 def test_a_window_outside_the_steps_is_refused(window):
-    with pytest.raises(ValueError, match="window.*from 0 to 3"):
+    with pytest.raises(ValueError, match="windows holds .*; each is two steps, first and last, from 0 to 3"):
         steering.check_window(window, 4)
 
 
@@ -189,9 +189,23 @@ def test_only_the_chosen_branch_is_steered(steer, overheard, delta, branch, rows
 
 def test_without_guidance_there_is_only_the_conditional_branch(steer, delta, pipe, prompts):
     plain = trajectories.generate(pipe, prompts[:2], SEEDS, **SAMPLING | {"guidance_scale": 1.0})
-    images = {b: steer(delta, branch=b, guidance_scale=1.0) for b in ("conditional", "unconditional", "both")}
-    assert np.array_equal(images["unconditional"], plain)
+    images = {b: steer(delta, branch=b, guidance_scale=1.0) for b in ("conditional", "both")}
     assert np.array_equal(images["conditional"], images["both"]) and not np.array_equal(images["both"], plain)
+    with pytest.raises(ValueError, match="branch 'unconditional' is not run by this pipeline.*nothing was edited; valid is conditional"):
+        steer(delta, branch="unconditional", guidance_scale=1.0)
+
+
+def test_a_hookpoint_that_is_never_called_cannot_be_steered(steer, delta):
+    with pytest.raises(ValueError, match="hookpoint 'mid_block.attentions' was never called, so nothing was edited"):
+        steer(delta, "mid_block.attentions")
+
+
+def test_directions_stay_on_their_device(monkeypatch):
+    monkeypatch.setattr(steering, "unit", lambda u: u)  # it looks at values, which device 'meta' has none of
+    p, u = some_predictors(2, 4), torch.ones(2, 4, device="meta")
+    assert steering.random_like(u, 0).device == u.device
+    assert steering.addition(u, p, [1, 3], 5, strength=0.5).device == u.device
+    assert steering.scaling(torch.ones(1, 2, device="meta"), u, p, [1, 3], 5, factor=2).device == u.device
 
 
 def test_a_masked_token_is_steered_at_its_upright_place(steer, overheard):
@@ -214,7 +228,7 @@ def test_a_masked_token_is_steered_at_its_upright_place(steer, overheard):
         ({"branch": "both sides"}, "branch 'both sides' is not one of conditional, unconditional, both"),
         ({"signal": "outputs"}, "signal 'outputs' is not one of output, input, update"),
         ({"delta": torch.zeros(N + 1, CHANNELS)}, "delta has 4 steps; num_inference_steps=3"),
-        ({"window": (0, 3)}, r"window \[0, 3\].*0 to 2"),
+        ({"window": (0, 3)}, r"windows holds \[0, 3\].*0 to 2"),
         ({"mask": torch.ones(9)}, "mask covers 9 tokens.*16"),
         ({"hookpoint": "nowhere"}, "hookpoint 'nowhere'"),
     ],

@@ -6,6 +6,7 @@ import shutil
 import signal
 import threading
 import time
+import tracemalloc
 from typing import NamedTuple
 
 import numpy as np
@@ -113,6 +114,7 @@ def test_the_manifest_tells_what_was_asked_the_versions_and_each_shards_images_a
         "scheduler": "DDIMScheduler", "sampling": SAMPLING | {"height": 0, "width": 0}, "grid": [4, 4], "channels": 32,
         "timesteps": timesteps, "sigmas": pytest.approx([((1 - alphas[int(t)]) / alphas[int(t)]).sqrt().item() for t in timesteps]),
         "images_of_shard": [[0, 2], [3], [1], [4]], "versions": manifest["versions"], "shards": manifest["shards"],
+        "weights": stores.weights_of(pipe),
     }  # fmt: skip
     assert manifest == expected
     assert manifest["versions"].keys() == {"python", "torch", "diffusers", "transformers"}
@@ -251,6 +253,14 @@ def test_an_unfinished_folder_with_a_damaged_shard_is_finished(collect, pipe, co
     assert contents(collected) == before
 
 
+def test_a_flipped_byte_is_not_certified_when_the_manifest_is_lost(collect, collected):
+    before = contents(collected)
+    flip(collected / SHARD)
+    (collected / "manifest.json").unlink()
+    assert collect(collected)["new_images"] == 1
+    assert contents(collected) == before
+
+
 def test_repair_restores_each_tap_with_its_own_settings(collect, pipe, tmp_path):
     options = {"tokens_per_image": 5, "train_images": False, "store_dtype": torch.bfloat16, "negative_prompt": "gray"}
     collect(tmp_path / "first", also={tmp_path / name: tap for name, tap in ALSO.items()}, **options)
@@ -288,6 +298,83 @@ def test_a_damaged_shard_is_named_by_whoever_reads_it(some_tokens, tmp_path, rea
     damage(folder / SHARD)
     with pytest.raises(error, match=f"{SHARD} is {named}"):
         READERS[reader](stores.Store(folder))
+
+
+def lose_shard(manifest):
+    manifest["shards"].pop(SHARD)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "begun.json"])
+@pytest.mark.parametrize(
+    "content, lacks", [("[]", "prompts"), ("{}", "prompts"), ("3", "prompts"), (lambda m: m.pop("steps"), "steps"), (lambda m: m.pop("shards", None), "shards"), (lose_shard, SHARD)]
+)
+def test_a_manifest_of_the_wrong_shape_is_named(collect, pipe, collected, name, content, lacks):
+    path = collected / name
+    if callable(content):
+        if name == "begun.json" and lacks != "steps":
+            return
+        told = json.loads(path.read_text())
+        content(told)
+        content = json.dumps(told)
+    if name == "begun.json":
+        (collected / "manifest.json").unlink()
+    path.write_text(content)
+    readers = [lambda: stores.repair(collected, pipe), lambda: collect(collected)] + ([lambda: stores.Store(collected)] if name == "manifest.json" else [])
+    for read in readers:
+        with pytest.raises(ValueError, match=f"{name} is damaged .it has no '{lacks}'.; delete it"):
+            read()
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_folder_that_is_no_collection_is_not_repaired(pipe, tmp_path, there):
+    with pytest.raises(FileNotFoundError, match="^/.* is no collection; valid is a folder"):
+        stores.repair(tmp_path if there else tmp_path / "absent", pipe)
+
+
+# --- the same weights ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def other(pipe):
+    """The same pipeline but for one bias."""
+    other = copy.deepcopy(pipe)
+    with torch.no_grad():
+        next(p for p in other.unet.mid_block.parameters() if p.ndim == 1)[3] += 0.1
+    other.set_progress_bar_config(disable=True)
+    return other
+
+
+def test_weights_are_told_apart_and_not_by_layout_or_name(pipe, other):
+    same = copy.deepcopy(pipe)
+    same.unet.to(memory_format=torch.channels_last)
+    assert stores.weights_of(same) == stores.weights_of(pipe) != stores.weights_of(other)
+    with torch.no_grad():
+        next(same.text_encoder.parameters()).mul_(2)
+    assert stores.weights_of(same) != stores.weights_of(pipe)
+    assert stores.weights_of(same.to("meta")) == ""
+
+
+@pytest.mark.parametrize("unfinished", [True, False])
+def test_shards_of_other_weights_are_not_mixed_in(collect, other, collected, unfinished):
+    flip(collected / SHARD)
+    if unfinished:
+        (collected / "manifest.json").unlink()
+    before = contents(collected)
+    for again in (lambda: collect(collected, pipe=other), lambda: stores.repair(collected, other)):
+        with pytest.raises(ValueError, match="^model: its weights are not those that .* was made with; give"):
+            again()
+    assert contents(collected) == before
+
+
+def test_a_folder_that_does_not_tell_its_weights_goes_on(collect, pipe, other, collected):
+    for name in ("manifest.json", "begun.json"):
+        told = json.loads((collected / name).read_text())
+        files.save_json(collected / name, {k: v for k, v in told.items() if k != "weights"})
+    before = contents(collected)
+    assert collect(collected, pipe=other)["new_images"] == 0 == stores.repair(collected, other)["new_images"]
+    flip(collected / SHARD)
+    assert stores.repair(collected, pipe)["new_images"] == 1
+    assert contents(collected) == before
 
 
 def test_damage_to_another_split_does_not_matter_to_a_reader(collected):
@@ -329,6 +416,49 @@ def test_an_argument_that_was_given_before_and_now_is_not_is_named(collect, tmp_
         collect(tmp_path)
 
 
+LONG = "a lighthouse at the end of a long pier in a storm, by night, "
+DIFFERENCES = {
+    "more": ("prompts", [LONG] * 5, [LONG] * 6, "prompts has 6 entries, but .* was made with 5; give"),
+    "one": ("prompts", [LONG] * 5, [LONG] * 3 + ["a dog", LONG], "prompts is 'a dog' at entry 3, but .* was made with 'a lighthouse at the end of .*… there; give"),
+    "ends": ("negative_prompt", LONG + "in oil", LONG + "in ink", "negative_prompt is …storm, by night, in ink', but .* was made with …storm, by night, in oil'; give"),
+    "within": ("prompts", [LONG] * 5, [LONG] * 4 + [LONG + "x"], "prompts is … a storm, by night, x' at entry 4, but .* was made with … a storm, by night, ' there; give"),
+    "nothing": ("negative_prompt", LONG, None, "negative_prompt is None, but .* was made with 'a light"),
+    "long numbers": ("seeds", [*range(100)], [*range(99), 7], "seeds is 7 at entry 99, but .* was made with 99 there; give"),
+}
+
+
+@pytest.mark.parametrize("case", DIFFERENCES)
+def test_it_is_said_where_long_values_differ(collected, case):
+    name, before, now, said = DIFFERENCES[case]
+    told = json.loads((collected / "manifest.json").read_text())
+    (told if name in told else told["sampling"])[name] = before
+    for file in ("manifest.json", "begun.json"):
+        files.save_json(collected / file, told)
+    with pytest.raises(ValueError, match=said) as refused:
+        stores.refuse_others(collected, {name: now, "sampling": told["sampling"] | ({name: now} if name == "negative_prompt" else {})})
+    assert len(str(refused.value)) < 300 + len(str(collected))
+
+
+def test_two_taps_cannot_share_a_folder(collect, tmp_path):
+    with pytest.raises(ValueError, match="^also: .*t is the folder of the first tap"):
+        collect(tmp_path / "t", also={str(tmp_path / "t"): ALSO["grid"]})
+
+
+def test_a_run_that_cannot_be_a_folder_is_named(collect, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    for folder, why in ((tmp_path / "file" / "t", "file is no folder"), (tmp_path / "file", "file is no folder"), ("/dev/null/x/t", "/dev/null is no folder")):
+        with pytest.raises(OSError, match=f"^run: {folder} cannot be written, since .*{why}"):
+            collect(folder)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(OSError, match=f"^run: {tmp_path}/t cannot be written, since {tmp_path} is read-only"):
+        collect(tmp_path / "t")
+
+
+def test_a_finished_folder_need_not_be_written(collect, collected, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert collect(collected)["new_images"] == 0
+
+
 def test_a_further_taps_folder_made_otherwise_is_refused_before_anything_is_written(collect, finished, tmp_path):
     with pytest.raises(ValueError, match="^hookpoint is "):
         collect(tmp_path / "t", also={finished: ALSO["grid"]})
@@ -368,13 +498,19 @@ def test_a_folder_made_with_another_scheduler_is_refused(collect, collected, pip
         ({"branch": "unconditional", "guidance_scale": 1.0}, "branch 'unconditional' is not run"),
         ({"tokens_per_image": 17}, "tokens_per_image is 17;.*has 16 tokens"),
         ({"tokens_per_image": -1}, "tokens_per_image is -1"),
+        ({"num_shards": 0}, "^num_shards is 0; it must be at least 1$"),
         ({"shard_index": 2, "num_shards": 2}, "shard_index is 2; with num_shards=2.*0 to 1"),
         ({"clip_skp": 1}, "StableDiffusionPipeline does not take clip_skp; valid are .*clip_skip"),
     ],
 )
 def test_what_cannot_be_collected_is_named_and_does_not_spoil_the_folder(collect, tmp_path, changes, named):
+    if changes.get("branch") != "unconditional":  # which is found out only where guidance should have run it
+        with pytest.raises(ValueError, match=named):
+            collect(tmp_path / "t", only_check=True, **changes)
     with pytest.raises(ValueError, match=named):
         collect(tmp_path / "t", **changes)
+    assert "new_images" not in collect(tmp_path / "t", only_check=True)
+    assert not list((tmp_path / "t").glob("*.safetensors"))
     assert collect(tmp_path / "t")["new_images"] == 5
 
 
@@ -422,6 +558,18 @@ def test_too_little_disk_is_refused_before_anything_is_written(collect, tmp_path
     assert written == need
 
 
+@pytest.mark.parametrize("share", [{"accelerator": True}, {"shard_index": 1, "num_shards": 2}])
+def test_each_process_counts_the_room_that_all_of_them_need(collect, tmp_path, monkeypatch, share):
+    need = 5 * (trajectories.bytes_per_image(2, 16, 32, torch.float32) + IMAGE)
+    usage = shutil.disk_usage(tmp_path)
+    share = {"accelerator": Process(1)} if "accelerator" in share else share
+    monkeypatch.setattr(stores.shutil, "disk_usage", lambda _: usage._replace(free=need - 1))
+    with pytest.raises(OSError, match=r"n_train: 5 images need 24.32 kB in .*, which has 24.32 kB free; choose"):
+        collect(tmp_path / "t", **share)
+    monkeypatch.setattr(stores.shutil, "disk_usage", lambda _: usage._replace(free=need))
+    assert collect(tmp_path / "t", **share)["missing"] == 2
+
+
 @DAMAGES
 def test_a_shard_damaged_before_the_folder_is_finished_is_collected_again(collect, finished, tmp_path, damage):
     collect(tmp_path, shard_index=1, num_shards=2)
@@ -438,6 +586,26 @@ def test_what_another_machine_is_writing_is_let_be(collect, tmp_path):
     assert theirs.exists() and other.exists() and not ours.exists()
     collect(tmp_path)
     assert not theirs.exists() and not other.exists()
+
+
+def test_a_folder_is_looked_through_once_however_many_shards_it_lacks(collect, tmp_path, monkeypatch):
+    looked, glob = [], files.Path.glob
+    monkeypatch.setattr(files.Path, "glob", lambda folder, pattern: looked.append(folder) or glob(folder, pattern))
+    collect(tmp_path, batch_size=1)
+    assert looked == [tmp_path]
+
+
+def test_images_are_matched_to_their_shards_in_one_go(many, monkeypatch):
+    class Counted(tuple):
+        seen = 0
+
+        def __iter__(self):
+            Counted.seen += 1
+            return super().__iter__()
+
+    store = stores.Store(many)
+    store._read([Counted((i % 8, 0)) for i in range(40)], 16)
+    assert Counted.seen <= 2 * 40
 
 
 class Process(NamedTuple):
@@ -493,7 +661,7 @@ def test_a_collection_killed_at_any_moment_goes_on_to_the_same_bytes(collect, pr
     duration = time.perf_counter() - begin
     chance, killed, n = random.Random(0), 0, 0
     expected = contents(tmp_path / "whole"), contents(tmp_path / "whole-also")
-    deadline = begin + 15
+    deadline = begin + 120
     while killed < 20 and time.perf_counter() < deadline:
         child = os.fork()
         if child == 0:
@@ -516,7 +684,7 @@ def test_a_collection_killed_at_any_moment_goes_on_to_the_same_bytes(collect, pr
     for i in range(n + 1):
         run(f"killed-{i}")
         assert (contents(tmp_path / f"killed-{i}"), contents(tmp_path / f"killed-{i}-also")) == expected
-    assert killed >= 5  # twenty, but for a very busy machine
+    assert killed == 20
 
 
 # --- reading ------------------------------------------------------------------------------------
@@ -527,6 +695,33 @@ def test_the_splits_share_out_every_image_once(finished):
     assert {s: store.indices(s).tolist() for s in stores.SPLITS} == {"train": [0, 2, 3], "validation": [1], "test": [4]}
     for split in stores.SPLITS:
         assert sum(len(h) for h in store.shards(split)) == len(store.images(split)) == len(store.indices(split))
+
+
+@pytest.mark.parametrize("rows", [slice(None), slice(4), [5], [22, 0, 7, 7], np.array([3, 21]), slice(20, 2, -6), []])
+def test_some_images_of_a_split(many, rows):
+    every = np.concatenate([files.load_tensors(p)[0]["images"].numpy() for p in sorted(many.glob("*.safetensors"))])[:23].astype(np.float32) / 255
+    found = stores.Store(many).images("train", rows)
+    assert found.dtype == np.float32 and np.array_equal(found, every[rows]) and found.shape[1:] == (16, 16, 3)
+
+
+def test_only_the_shards_of_the_images_asked_for_are_read(many, tmp_path):
+    folder = shutil.copytree(many, tmp_path / "t")
+    for path in sorted(folder.glob("*.safetensors"))[1:]:
+        path.unlink()
+    assert len(stores.Store(folder).images("train", slice(3))) == 3
+
+
+def test_images_are_held_in_memory_once(many, tmp_path):
+    large = stores.Store(shutil.copytree(many, tmp_path / "t"))
+    for name in large.manifest["shards"]:
+        files.save_tensors(tmp_path / "t" / name, {"images": torch.zeros(3, 128, 128, 3, dtype=torch.uint8)})
+    files.save_json(tmp_path / "t" / "manifest.json", large.manifest | {"shards": {name: files.digest(tmp_path / "t" / name) for name in large.manifest["shards"]}})
+    large = stores.Store(tmp_path / "t")
+    tracemalloc.start()
+    held = large.images("train").nbytes
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1.2 * held
 
 
 def test_processes_share_out_the_shards(many):

@@ -3,7 +3,20 @@ import pipelines
 import pytest
 import torch
 from conftest import GRID, SAMPLING, TOKENS, TUPLE, built, hooks_on
-from diffusers import EulerDiscreteScheduler, HeunDiscreteScheduler
+from diffusers import (
+    CMStochasticIterativeScheduler,
+    ConsistencyModelPipeline,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchLCMScheduler,
+    HeunDiscreteScheduler,
+    LCMScheduler,
+    StableDiffusionInpaintPipeline,
+)
+from PIL import Image
 
 from helpers import hooks, trajectories
 
@@ -28,11 +41,22 @@ def test_kept_steps(steps, n, n_keep, expected):
 
 @pytest.mark.parametrize(
     "steps, n_keep, named",
-    [([0, 7], 2, "step 7"), ([-1, 2], 2, "step -1"), ([3], 2, r"\[3\]"), ([], 1, r"\[0\]"), ([], 9, "different")],
+    [([0, 7], 2, "step 7"), ([-1, 2], 2, "step -1"), ([0, 1.5], 2, "step 1.5"), ([3], 2, r"\[3\]")],
 )
 def test_steps_that_do_not_exist_or_do_not_suffice_are_named(steps, n_keep, named):
     with pytest.raises(ValueError, match=named + ".*0 to 3"):
         trajectories.kept_steps(steps, 4, n_keep)
+
+
+@pytest.mark.parametrize("n_keep", [0, 1, 6, 10**8, 2.5])
+def test_more_or_fewer_steps_than_there_are_blame_n_keep(n_keep):
+    with pytest.raises(ValueError, match=f"n_keep is {n_keep}; with num_inference_steps=5 it must lie in 2 to 5"):
+        trajectories.kept_steps([], 5, n_keep)
+
+
+def test_one_step_is_no_trajectory():
+    with pytest.raises(ValueError, match="num_inference_steps is 1; a trajectory needs at least two steps"):
+        trajectories.kept_steps([], 1, 2)
 
 
 # --- generating ---------------------------------------------------------------------------------
@@ -67,6 +91,29 @@ def test_a_class_is_given_by_number_or_name():
     assert np.array_equal(by_name, by_number)
 
 
+@pytest.mark.parametrize(
+    "size, named",
+    [
+        ({"height": 128}, "width is 0 while height is 128; give both in pixels, or 0 for both"),
+        ({"height": 0, "width": 16}, "height is 0 while width is 16; give both"),
+        ({"height": -16, "width": 16}, "height is -16; valid are positive multiples of 2 pixels"),
+        ({"height": 16, "width": 16.5}, "width is 16.5; valid are"),
+        ({"height": 16, "width": 17}, "width is 17; valid are"),
+        ({"height": 16, "width": "16"}, "width is 16; valid are"),
+        ({"height": 12, "width": 16}, "divisible by 8 but are 12"),  # diffusers' own
+    ],
+)
+def test_a_size_that_cannot_be_drawn_is_named_before_anything_is_computed(pipe, prompts, monkeypatch, size, named):
+    monkeypatch.setattr(pipe, "encode_prompt", None)
+    with pytest.raises(ValueError, match=named):
+        trajectories.generate(pipe, prompts[:1], [0], **size, **SAMPLING)
+
+
+def test_a_size_that_would_be_rounded_down_is_refused():
+    with pytest.raises(ValueError, match="height is 18; valid are positive multiples of 4"):
+        trajectories.generate(built("flux"), ["a dog"], [0], height=18, width=16, **SAMPLING)
+
+
 @pytest.mark.parametrize("model, option", [("sd1", "true_cfg_scale"), ("dit", "height"), ("ddpm", "negative_prompt")])
 def test_an_argument_that_the_pipeline_does_not_take_is_named(model, option):
     with pytest.raises(
@@ -80,6 +127,78 @@ def test_one_negative_prompt_is_for_every_image(pipe, prompts):
         trajectories.generate(pipe, prompts[:2], [0, 1], negative_prompt=n, **SAMPLING) for n in (["gray"] * 2, "gray")
     )
     assert np.array_equal(both, one)
+
+
+@pytest.mark.parametrize("given", ["PIL", "array", "tensor"])
+def test_one_image_is_for_every_prompt_and_none_depends_on_its_batch(pipe, prompts, given):
+    parts = {k: v for k, v in pipe.components.items() if k != "image_encoder"}
+    inpaint = StableDiffusionInpaintPipeline(**parts, requires_safety_checker=False)
+    image = torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(0))
+    mask = torch.ones(16, 16).tril()
+    if given == "PIL":
+        image, mask = (Image.fromarray((255 * t.numpy()).astype(np.uint8)) for t in (image.permute(1, 2, 0), mask))
+    if given == "array":
+        image, mask = image.permute(1, 2, 0).numpy(), mask.numpy()
+    options = {"image": image, "mask_image": mask, "height": 16, "width": 16, "strength": 0.7} | SAMPLING
+    together = trajectories.generate(inpaint, prompts[:2], [0, 1], **options)
+    np.testing.assert_allclose(together[1], trajectories.generate(inpaint, prompts[1:2], [1], **options)[0], atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "scheduler_class, options",
+    [
+        (DDPMScheduler, {"clip_sample": False}),
+        (EulerAncestralDiscreteScheduler, {}),
+        (LCMScheduler, {}),
+        (DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}),
+    ],
+)
+def test_noise_that_schedulers_add_follows_the_seeds(pipe, prompts, monkeypatch, scheduler_class, options):
+    monkeypatch.setattr(pipe, "scheduler", scheduler_class.from_config(pipe.scheduler.config, **options))
+    first, again = (trajectories.generate(pipe, prompts[:1], [0], **SAMPLING) for _ in range(2))
+    assert np.array_equal(first, again)
+
+
+@pytest.mark.parametrize("scheduler", [FlowMatchEulerDiscreteScheduler(stochastic_sampling=True), FlowMatchLCMScheduler()])
+def test_a_scheduler_that_draws_from_the_global_generator_is_refused(monkeypatch, scheduler):
+    pipe = built("sd3")
+    monkeypatch.setattr(pipe, "scheduler", scheduler)
+    with pytest.raises(ValueError, match=f"{type(scheduler).__name__}, draws from torch's global generator"):
+        trajectories.generate(pipe, ["a dog"], [0], **SAMPLING)
+
+
+@pytest.mark.parametrize("classes", [None, 10])
+def test_a_consistency_model_makes_one_image_a_seed_with_classes_or_without(classes):
+    unet = built("ddpm").unet
+    made = type(unet).from_config(unet.config, num_class_embeds=classes).eval()
+    pipe = ConsistencyModelPipeline(made, CMStochasticIterativeScheduler())
+    images = trajectories.generate(pipe, ["1", "2", "1"], [3, 3, 4], num_inference_steps=2)
+    assert images.shape == (3, 8, 8, 3) and not np.array_equal(images[0], images[2])
+    assert np.array_equal(images[0], images[1]) == (classes is None)
+    if classes:
+        with pytest.raises(ValueError, match="class 'red': ConsistencyModelPipeline knows no names"):
+            trajectories.generate(pipe, ["red"], [3], num_inference_steps=2)
+
+
+def test_a_pipeline_that_hands_out_no_images_is_named():
+    class Film:
+        components, scheduler = {}, None
+
+        def set_progress_bar_config(self, **_):
+            pass
+
+        def __call__(self, prompt, generator, output_type):
+            return {"frames": prompt}
+
+    with pytest.raises(ValueError, match="model Film makes no images but frames"):
+        trajectories.generate(Film(), ["a dog"], [0])
+
+
+def test_images_are_float32_or_the_dtype_is_named():
+    half = pipelines.stable_diffusion().to(torch.bfloat16)
+    assert trajectories.generate(half, ["a dog"], [0], **SAMPLING).dtype == np.float32
+    with pytest.raises(ValueError, match="dtype 'bfloat16': DDPMPipeline cannot"):
+        trajectories.generate(pipelines.ddpm().to(torch.bfloat16), ["a dog"], [0], **SAMPLING)
 
 
 # --- recording ----------------------------------------------------------------------------------
@@ -154,6 +273,11 @@ def test_steps_that_were_never_run_are_named(pipe, prompts, steps):
         trajectories.record(pipe, prompts[:1], [0], hookpoint=TOKENS, steps=steps, **SAMPLING)
 
 
+def test_a_hookpoint_that_is_never_called_is_named(pipe, prompts):
+    with pytest.raises(ValueError, match="hookpoint 'down_blocks' was never called"):
+        trajectories.record(pipe, prompts[:1], [0], hookpoint="down_blocks", steps=[0, 1], **SAMPLING)
+
+
 class Own(torch.nn.Module):
     """A denoiser of no library: 2×2 patches as tokens, a block, and back; adds the time."""
 
@@ -209,6 +333,19 @@ def test_every_step_of_a_fine_loop_from_one_to_zero_is_told_apart(n, dtype):
     with torch.no_grad():
         expected = torch.stack([denoiser.patches(x + i).flatten(2).transpose(1, 2)[0] for i in range(n)])
     torch.testing.assert_close(h[0], expected)
+
+
+def test_a_loop_that_hands_over_reversed_times_is_refused_and_a_second_run_is_not():
+    denoiser, x, timesteps = Own(), torch.zeros(1, 3, 4, 4), torch.linspace(0.9, 0.1, 5)
+    for start in (0, 2):
+        with trajectories.Recorder(denoiser, timesteps, "block", [2, 4]) as recorder, torch.no_grad():
+            for i, t in enumerate([*timesteps[start:], *timesteps[start:]]):
+                denoiser(x + i, t)
+        assert recorder.trajectories().shape == (1, 2, 4, 8)
+    with trajectories.Recorder(denoiser, timesteps, "block", [2, 4]), torch.no_grad():
+        denoiser(x, 1 - timesteps[0])
+        with pytest.raises(ValueError, match="given timestep 0.3, step 3, after step 4; valid are"):
+            denoiser(x, 1 - timesteps[1])
 
 
 def test_guidance_in_a_loop_of_ones_own_by_rows_or_by_calls():
