@@ -100,7 +100,7 @@ def estimate(name: str, pipe=None, tflops: float = 60.0) -> dict:
         "training the SAE, hours": 2 * d_in * sae["n_latents"] * sae["n_updates"] * sae["sae_batch_size"] / 0.5 / tflops / 1e12 / 3600,
         "training the SAE, GPU memory": 4 * sae_weights + sae["sae_batch_size"] * (sae["n_latents"] + 6 * d_in) * 4 // sae["accumulate"],
         "SAE on disk": sae_weights, "its checkpoint on disk": 3 * sae_weights, "sums on disk": 2 * 2 * (d_in // len(steps)) ** 2 * len(steps) * 8,
-        "memory for notebook 05": 4 * d_in * rows * columns * (n["validation"] + n["test"]),
+        "memory for notebook 05": 2 * 4 * d_in * rows * columns * (n["validation"] + n["test"]),
     }  # fmt: skip
 
 
