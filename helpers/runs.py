@@ -99,7 +99,11 @@ def load_pipeline(model: str, device: str = "auto", dtype: str = "auto", revisio
         reason = str(error).strip().splitlines()[0][:200]
         raise ValueError(f"model {model!r} could not be loaded ({reason}); valid are 'demo', a folder, or a hub name, with safetensors weights") from error  # fmt: skip
     pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device)
+    pipe.to(device)
+    for part in (p for p in pipe.components.values() if device == "cpu" and isinstance(p, torch.nn.Module)):
+        if not any(weight.ndim == 5 for weight in part.parameters()):  # of video, which has no such order
+            part.to(memory_format=torch.channels_last)  # convolutions take a seventh less time
+    return pipe
 
 
 def resolved_revision(model: str, revision: str = "") -> str:
