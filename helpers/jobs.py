@@ -61,8 +61,8 @@ def prompts_of(parameters: dict) -> tuple[list[str], list[int], list[str]]:
     import numpy as np
 
     require("collect", parameters)
-    p, parts = parameters, ("train", "validation", "test")
-    split = [name for name in parts for _ in range(p[f"n_{name}"])]
+    p = parameters
+    split = [name for name in stores.SPLITS for _ in range(p[f"n_{name}"])]
     n = len(split)
     if p["prompts"] == "scenes":
         texts = [scenes.caption(s) for s in scenes.sample(n, np.random.default_rng([p["seed"], 10]))]
@@ -115,9 +115,10 @@ def collect(parameters: dict, pipe=None, shard_index: int = 0, num_shards: int =
     runs.require("num_shards", num_shards, 1)
     runs.require("shard_index", shard_index, 0, num_shards - 1)
     steps, precision, sampling = trajectories.kept_steps(p["steps"], p["num_inference_steps"], p["n_keep"]), runs.choose_dtype(p["store_dtype"]), sampling_of(p)
-    (folder, tap), *also = taps_of(p).items()
-    for f in taps_of(p):
+    taps = taps_of(p)
+    for f in taps:
         stores.require_folder(f)
+    (folder, tap), *also = taps.items()
     texts, seeds, split = prompts_of(p)  # all that can be wrong, before a model is loaded
     accelerator = _accelerator(p)
     pipe = pipe or runs.load_pipeline(p["model"], str(accelerator.device) if accelerator else p["device"], p["dtype"], p["revision"])
