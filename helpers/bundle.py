@@ -22,19 +22,62 @@ from helpers.predictors import Predictors
 from helpers.sae import SAE
 
 # of a collection's manifest, what is needed to listen and to steer where it was recorded
-TOLD = ("model", "model_dtype", "revision", "hookpoint", "signal", "branch", "steps", "timesteps", "sigmas", "scheduler", "sampling", "grid", "channels", "versions")
+TOLD = (
+    "model",
+    "model_dtype",
+    "revision",
+    "hookpoint",
+    "signal",
+    "branch",
+    "steps",
+    "timesteps",
+    "sigmas",
+    "scheduler",
+    "sampling",
+    "grid",
+    "channels",
+    "versions",
+)
 
 
-def _file(name: str, filename: str, *, revision=None, cache_dir=None, force_download=False, token=None, local_files_only=False) -> Path:
+def _file(
+    name: str,
+    filename: str,
+    *,
+    revision=None,
+    cache_dir=None,
+    force_download=False,
+    token=None,
+    local_files_only=False,
+) -> Path:
     """A bundle's file, in its folder or downloaded."""
     if os.path.isdir(name):
         if not (path := Path(name) / filename).exists():
-            raise FileNotFoundError(f"{path} does not exist; {name} is no bundle, which save_pretrained writes")
+            raise FileNotFoundError(
+                f"{path} does not exist; {name} is no bundle, which save_pretrained writes"
+            )
         return path
-    return Path(hf_hub_download(name, filename, revision=revision, cache_dir=cache_dir, force_download=force_download, token=token, local_files_only=local_files_only))
+    return Path(
+        hf_hub_download(
+            name,
+            filename,
+            revision=revision,
+            cache_dir=cache_dir,
+            force_download=force_download,
+            token=token,
+            local_files_only=local_files_only,
+        )
+    )
 
 
-class Bundle(torch.nn.Module, PyTorchModelHubMixin, library_name="residualized-temporal-saes", tags=["sparse-autoencoder", "diffusion", "interpretability"], license="mit", paper_url="https://arxiv.org/abs/2605.27813"):  # fmt: skip
+class Bundle(
+    torch.nn.Module,
+    PyTorchModelHubMixin,
+    library_name="residualized-temporal-saes",
+    tags=["sparse-autoencoder", "diffusion", "interpretability"],
+    license="mit",
+    paper_url="https://arxiv.org/abs/2605.27813",
+):
     """An SAE on residualized trajectories with the predictors it stands on.
 
     Attributes
@@ -49,7 +92,14 @@ class Bundle(torch.nn.Module, PyTorchModelHubMixin, library_name="residualized-t
         S, d = len(manifest["steps"]), manifest["channels"]
         self.manifest = manifest
         self.sae = SAE(S * d, n_latents, k)
-        for name, shape in {"mu": (S, d), "scale": (S,), "A": (S, d, d), "b": (S, d), "rho": (S,), "strength": (S,)}.items():
+        for name, shape in {
+            "mu": (S, d),
+            "scale": (S,),
+            "A": (S, d, d),
+            "b": (S, d),
+            "rho": (S,),
+            "strength": (S,),
+        }.items():
             self.register_buffer(name, torch.zeros(shape))
 
     @property
@@ -64,24 +114,38 @@ class Bundle(torch.nn.Module, PyTorchModelHubMixin, library_name="residualized-t
         """
         name = os.path.expanduser(name)
         if not os.path.isdir(name) and (name.startswith((".", os.sep)) or name.count("/") > 1):
-            raise FileNotFoundError(f"{name} is not a folder; valid is one that save_pretrained wrote, or a name on the hub, owner/name")
+            raise FileNotFoundError(
+                f"{name} is not a folder; valid is one that save_pretrained wrote, or a name on the hub, owner/name"
+            )
         config = _file(name, CONFIG_NAME, **download)
         told = load_json(config)
         told = told if isinstance(told, dict) else {}
-        for part, key, kind in ((told, "manifest", dict), (told, "n_latents", int), (told, "k", int), ("manifest", "steps", list), ("manifest", "channels", int)):
+        for part, key, kind in (
+            (told, "manifest", dict),
+            (told, "n_latents", int),
+            (told, "k", int),
+            ("manifest", "steps", list),
+            ("manifest", "channels", int),
+        ):
             if not isinstance((told[part] if part == "manifest" else part).get(key), kind):
-                raise ValueError(f"{config} is not a bundle's (it has no {key!r}); save the bundle again")
+                raise ValueError(
+                    f"{config} is not a bundle's (it has no {key!r}); save the bundle again"
+                )
         return super().from_pretrained(name, map_location=map_location, **download)
 
     @classmethod
-    def _from_pretrained(cls, *, model_id: str, manifest: dict, n_latents: int, k: int, map_location, **download) -> Bundle:
+    def _from_pretrained(
+        cls, *, model_id: str, manifest: dict, n_latents: int, k: int, map_location, **download
+    ) -> Bundle:
         path = _file(model_id, SAFETENSORS_SINGLE_FILE, **download)
         tensors, _ = load_tensors(path)
         try:
             bundle = cls(manifest=manifest, n_latents=n_latents, k=k)
             bundle.load_state_dict(tensors)
         except RuntimeError as error:  # torch's own words take many lines
-            raise ValueError(f"{path} does not fit the {CONFIG_NAME} beside it ({' '.join(str(error).split())[:200]}); save the bundle again") from error
+            raise ValueError(
+                f"{path} does not fit the {CONFIG_NAME} beside it ({' '.join(str(error).split())[:200]}); save the bundle again"
+            ) from error
         return bundle.to(map_location).eval()
 
     def _save_pretrained(self, save_directory: Path) -> None:
@@ -93,12 +157,16 @@ class Bundle(torch.nn.Module, PyTorchModelHubMixin, library_name="residualized-t
         folder = runs.run_folder(run)
         path = folder / "trajectories" / "manifest.json"
         manifest = {name: value for name, value in load_json(path).items() if name in TOLD}
-        if Path(manifest.get("model", "")).is_absolute():  # where it lay on this machine is nobody's business
+        if Path(
+            manifest.get("model", "")
+        ).is_absolute():  # where it lay on this machine is nobody's business
             manifest["model"] = Path(manifest["model"]).name
         fitted, made_from = Predictors.load(folder / "predictors.safetensors")
         runs.require_same(made_from, "trajectories", path, "02_fit_predictors")
         sae, record = SAE.load(folder / "sae.safetensors")
-        runs.require_same(record, "predictors", folder / "predictors.safetensors", "03_train_residual_sae")
+        runs.require_same(
+            record, "predictors", folder / "predictors.safetensors", "03_train_residual_sae"
+        )
         bundle = Bundle(manifest=manifest, n_latents=sae.n_latents, k=sae.k)
         bundle.sae = sae
         for f in fields(Predictors):

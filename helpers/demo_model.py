@@ -38,9 +38,18 @@ from helpers.trajectories import generate
 MAX_TOKENS = 32
 MAX_BYTES = 25e6  # of the shipped weights: small enough to live in the repository
 AIMS = {  # share that should be right, over all captions judged; 'all' (the whole scene) over those with one object
-    "colour_at_place": 0.95, "position": 0.95, "shape": 0.90, "size": 0.90, "texture": 0.80, "all": 0.75,
-}  # fmt: skip
-NAMES = {"colour_at_place": "colour at its place", "count": "number of objects", "all": "everything at once"}
+    "colour_at_place": 0.95,
+    "position": 0.95,
+    "shape": 0.90,
+    "size": 0.90,
+    "texture": 0.80,
+    "all": 0.75,
+}
+NAMES = {
+    "colour_at_place": "colour at its place",
+    "count": "number of objects",
+    "all": "everything at once",
+}
 
 
 def build_tokenizer() -> CLIPTokenizer:
@@ -49,7 +58,12 @@ def build_tokenizer() -> CLIPTokenizer:
     words += ["a", "and", "at", "the", "on", "background"]
     merges = _merges(words)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokens = alphabet + [c + "</w>" for c in alphabet] + ["".join(m) for m in merges] + ["<|startoftext|>", "<|endoftext|>"]
+    tokens = (
+        alphabet
+        + [c + "</w>" for c in alphabet]
+        + ["".join(m) for m in merges]
+        + ["<|startoftext|>", "<|endoftext|>"]
+    )
     vocab = {t: i for i, t in enumerate(dict.fromkeys(tokens))}
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_TOKENS)
 
@@ -135,7 +149,9 @@ def _to_model(images: np.ndarray) -> torch.Tensor:
 
 def _autocast(device: torch.device):
     """bfloat16 on a CPU, and on a CUDA card that has it in hardware; float32 elsewhere."""
-    has_it = device.type == "cpu" or (device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False))
+    has_it = device.type == "cpu" or (
+        device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    )
     return torch.autocast(device.type, torch.bfloat16, enabled=has_it)
 
 
@@ -150,7 +166,9 @@ def _refuse_others(path: Path, made_with: dict, wanted: dict) -> None:
     """ValueError, naming the parameter, if the file at `path` says that it was made with another value of it."""
     for name, value in wanted.items():
         if made_with.get(name, value) != value:
-            raise ValueError(f"{name} is {value}, but {path.name} was made with {made_with[name]}; give that value or another run name")  # fmt: skip
+            raise ValueError(
+                f"{name} is {value}, but {path.name} was made with {made_with[name]}; give that value or another run name"
+            )
 
 
 def _train(modules, loss_of, steps, batch_size, seed, peak, checkpoint, every, ema_decay, label):
@@ -173,7 +191,9 @@ def _train(modules, loss_of, steps, batch_size, seed, peak, checkpoint, every, e
         seconds, losses = record["seconds"], saved["losses"].tolist()
         _refuse_others(checkpoint, record, settings)
         if len(losses) > steps:
-            raise ValueError(f"steps is {steps}, but {checkpoint.name} holds {len(losses)}; give at least that or another run name")
+            raise ValueError(
+                f"steps is {steps}, but {checkpoint.name} holds {len(losses)}; give at least that or another run name"
+            )
         moments = {}
         for i, (k, p) in enumerate(named.items()):
             p.data.copy_(saved[f"weight.{k}"])
@@ -183,19 +203,27 @@ def _train(modules, loss_of, steps, batch_size, seed, peak, checkpoint, every, e
                 "exp_avg": saved[f"first.{k}"],
                 "exp_avg_sq": saved[f"second.{k}"],
             }
-        optimiser.load_state_dict({"state": moments, "param_groups": optimiser.state_dict()["param_groups"]})
+        optimiser.load_state_dict(
+            {"state": moments, "param_groups": optimiser.state_dict()["param_groups"]}
+        )
 
     def save():
-        state = {f"weight.{k}": p for k, p in named.items()} | {f"average.{k}": a for k, a in average.items()}
+        state = {f"weight.{k}": p for k, p in named.items()} | {
+            f"average.{k}": a for k, a in average.items()
+        }
         for k, p in named.items():
             if p in optimiser.state:
                 state[f"first.{k}"] = optimiser.state[p]["exp_avg"]
                 state[f"second.{k}"] = optimiser.state[p]["exp_avg_sq"]
             else:  # a parameter no loss has reached
                 state[f"first.{k}"] = state[f"second.{k}"] = torch.zeros_like(p)
-        save_tensors(checkpoint, state | {"losses": torch.tensor(losses)}, settings | {"seconds": seconds})
+        save_tensors(
+            checkpoint, state | {"losses": torch.tensor(losses)}, settings | {"seconds": seconds}
+        )
 
-    bar = tqdm(range(len(losses), steps), desc=label, initial=len(losses), total=steps, mininterval=2)
+    bar = tqdm(
+        range(len(losses), steps), desc=label, initial=len(losses), total=steps, mininterval=2
+    )
     for step in bar:
         start = time.perf_counter()
         for group in optimiser.param_groups:
@@ -210,7 +238,9 @@ def _train(modules, loss_of, steps, batch_size, seed, peak, checkpoint, every, e
             torch._foreach_lerp_(list(average.values()), list(named.values()), 1 - decay)
         losses.append(loss.item())
         if not math.isfinite(losses[-1]):
-            raise FloatingPointError(f"{label}: the loss is {losses[-1]} at step {step}; the last checkpoint is {checkpoint}")
+            raise FloatingPointError(
+                f"{label}: the loss is {losses[-1]} at step {step}; the last checkpoint is {checkpoint}"
+            )
         seconds += time.perf_counter() - start
         if (step + 1) % every == 0 or step + 1 == steps:
             bar.set_postfix(loss=f"{np.mean(losses[-every:]):.4f}")
@@ -220,7 +250,9 @@ def _train(modules, loss_of, steps, batch_size, seed, peak, checkpoint, every, e
     return np.array(losses), seconds
 
 
-def train_autoencoder(pipe, steps: int, batch_size: int, checkpoint, seed: int = 0, learning_rate: float = 1e-3):
+def train_autoencoder(
+    pipe, steps: int, batch_size: int, checkpoint, seed: int = 0, learning_rate: float = 1e-3
+):
     """Train `pipe.vae` on freshly rendered scenes; set its `scaling_factor` to 1 / standard deviation of its latents.
 
     The loss is the mean absolute error, objects counted five times, plus 5e-4 × the mean KL divergence.
@@ -237,10 +269,26 @@ def train_autoencoder(pipe, steps: int, batch_size: int, checkpoint, seed: int =
         with _autocast(vae.device):
             posterior = vae.encode(x).latent_dist
             x_hat = vae.decode(posterior.sample()).sample
-        kl = 0.5 * (posterior.mean.float() ** 2 + posterior.var.float() - 1 - posterior.logvar.float()).mean()
+        kl = (
+            0.5
+            * (
+                posterior.mean.float() ** 2 + posterior.var.float() - 1 - posterior.logvar.float()
+            ).mean()
+        )
         return ((x_hat.float() - x).abs() * weight).mean() + 5e-4 * kl
 
-    result = _train([vae], loss_of, steps, batch_size, seed, learning_rate, checkpoint, 200, 0.998, "autoencoder")
+    result = _train(
+        [vae],
+        loss_of,
+        steps,
+        batch_size,
+        seed,
+        learning_rate,
+        checkpoint,
+        200,
+        0.998,
+        "autoencoder",
+    )
     vae.eval()
     rng = np.random.default_rng([seed, 2])
     latents = encode(vae, scenes.render(scenes.sample(256, rng, ("train",)), rng)[0])
@@ -287,9 +335,17 @@ def cache_latents(pipe, n: int, path, seed: int = 0) -> tuple[torch.Tensor, list
 
 
 def train_denoiser(
-    pipe, latents, captions, steps: int, batch_size: int, checkpoint, seed: int = 0, learning_rate: float = 1e-3,
-    drop_caption: float = 0.1, layout_from: int = 1750,
-):  # fmt: skip
+    pipe,
+    latents,
+    captions,
+    steps: int,
+    batch_size: int,
+    checkpoint,
+    seed: int = 0,
+    learning_rate: float = 1e-3,
+    drop_caption: float = 0.1,
+    layout_from: int = 1750,
+):
     """Train text encoder and U-Net together to predict the noise in `latents`, (n, 4, 16, 16), scaled.
 
     A share `drop_caption` of the captions is replaced by the empty one, for classifier-free guidance. The error
@@ -301,10 +357,16 @@ def train_denoiser(
     require("drop_caption", drop_caption, 0, 1)
     require("layout_from", layout_from, 0)
     if len(latents) != len(captions):
-        raise ValueError(f"captions has {len(captions)} entries; it must have one for each of the {len(latents)} latents")
+        raise ValueError(
+            f"captions has {len(captions)} entries; it must have one for each of the {len(latents)} latents"
+        )
     unet, text_encoder = pipe.unet.train(), pipe.text_encoder.train()
     ids = pipe.tokenizer(
-        [*captions, ""], padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt"
+        [*captions, ""],
+        padding="max_length",
+        max_length=MAX_TOKENS,
+        truncation=True,
+        return_tensors="pt",
     ).input_ids
     alphas = pipe.scheduler.alphas_cumprod
     snr = alphas / (1 - alphas)
@@ -325,7 +387,18 @@ def train_denoiser(
         error = (predicted.float() - noise.to(device)).pow(2).mean((1, 2, 3))
         return (weights[step >= layout_from][timesteps].to(device) * error).mean()
 
-    result = _train([text_encoder, unet], loss_of, steps, batch_size, seed, learning_rate, checkpoint, 250, 0.999, "denoiser")
+    result = _train(
+        [text_encoder, unet],
+        loss_of,
+        steps,
+        batch_size,
+        seed,
+        learning_rate,
+        checkpoint,
+        250,
+        0.999,
+        "denoiser",
+    )
     unet.eval(), text_encoder.eval()
     return result
 
@@ -374,7 +447,11 @@ def judge(wanted: list[scenes.Scene], readings: list[scenes.Reading]) -> dict[st
 
 def estimate(shares: np.ndarray, seed: int = 0) -> metrics.Estimate:
     """Mean over scenes of what `judge` gives: with Wilson's interval where every scene is right or wrong, else by resampling scenes."""
-    return metrics.share(shares == 1) if np.isin(shares, (0, 1)).all() else metrics.mean(shares, seed=seed)
+    return (
+        metrics.share(shares == 1)
+        if np.isin(shares, (0, 1)).all()
+        else metrics.mean(shares, seed=seed)
+    )
 
 
 def evaluate(pipe, wanted: list[scenes.Scene], seeds, batch_size: int = 50, **sampling):
@@ -389,7 +466,12 @@ def evaluate(pipe, wanted: list[scenes.Scene], seeds, batch_size: int = 50, **sa
     require("batch_size", batch_size, 1)
     captions = [scenes.caption(s) for s in wanted]
     starts = tqdm(range(0, len(captions), batch_size), desc="sampling")
-    images = np.concatenate([generate(pipe, captions[i : i + batch_size], seeds[i : i + batch_size], **sampling) for i in starts])
+    images = np.concatenate(
+        [
+            generate(pipe, captions[i : i + batch_size], seeds[i : i + batch_size], **sampling)
+            for i in starts
+        ]
+    )
     readings = scenes.read(images)
     return images, readings, judge(wanted, readings)
 
@@ -402,7 +484,9 @@ def by_chance(wanted: list[scenes.Scene], readings: list[scenes.Reading]) -> dic
     return judge([wanted[i] for i in other], readings)
 
 
-def against_aims(judgements: dict[str, np.ndarray], wanted: list[scenes.Scene]) -> dict[str, tuple[metrics.Estimate, float, bool]]:
+def against_aims(
+    judgements: dict[str, np.ndarray], wanted: list[scenes.Scene]
+) -> dict[str, tuple[metrics.Estimate, float, bool]]:
     """What was measured, the aim, and whether it is met, for each of `AIMS`; met means the measured share reaches it."""
     one = np.array([len(s.objects) == 1 for s in wanted])
     measured = {a: estimate(judgements[a][one] if a == "all" else judgements[a]) for a in AIMS}
@@ -443,57 +527,108 @@ def percent(estimate: metrics.Estimate) -> str:
 
 def table(header: list[str], rows: list[list[str]]) -> str:
     """A Markdown table."""
-    return "\n".join("| " + " | ".join(map(str, r)) + " |" for r in [header, ["---"] * len(header), *rows])
+    return "\n".join(
+        "| " + " | ".join(map(str, r)) + " |" for r in [header, ["---"] * len(header), *rows]
+    )
 
 
 def quality_table(quality: dict[tuple[str, str], dict[str, metrics.Estimate]]) -> str:
     """A Markdown table: attributes down, groups of captions across."""
     attributes = list(next(iter(quality.values())))
-    header = ["right, of what the caption asks", *(f"{split.replace('_', ' ')}, {kind}" for split, kind in quality)]
-    return table(header, [[NAMES.get(a, a), *(percent(g[a]) for g in quality.values())] for a in attributes])
+    header = [
+        "right, of what the caption asks",
+        *(f"{split.replace('_', ' ')}, {kind}" for split, kind in quality),
+    ]
+    return table(
+        header, [[NAMES.get(a, a), *(percent(g[a]) for g in quality.values())] for a in attributes]
+    )
 
 
 def aims_table(aims: dict[str, tuple[metrics.Estimate, float, bool]]) -> str:
     """A Markdown table of `against_aims`."""
     where = {"all": "one-object captions"}
     rows = [
-        [NAMES.get(a, a), where.get(a, "all captions"), percent(e), f"≥ {100 * aim:.0f} %", "met" if met else "not met"]
+        [
+            NAMES.get(a, a),
+            where.get(a, "all captions"),
+            percent(e),
+            f"≥ {100 * aim:.0f} %",
+            "met" if met else "not met",
+        ]
         for a, (e, aim, met) in aims.items()
     ]
     return table(["attribute", "judged on", "measured", "aim", ""], rows)
 
 
-def show_scene(ax, image: np.ndarray, scene: scenes.Scene, judgements: dict | None = None, i: int = 0) -> None:
+def show_scene(
+    ax, image: np.ndarray, scene: scenes.Scene, judgements: dict | None = None, i: int = 0
+) -> None:
     """An image over its caption; with judgements, framed by whether image i is right, and what is wrong named."""
     ax.imshow(image, interpolation="nearest")
     ax.set_xticks([]), ax.set_yticks([])
     ax.spines[:].set_visible(judgements is not None)
     ax.set_xlabel(textwrap.fill(scenes.caption(scene), 26), fontsize=5.5)
     if judgements is not None:
-        wrong = [a for a in scenes.ATTRIBUTES if judgements[a][i] < 1] + ["count"] * bool(judgements["count"][i] < 1)
+        wrong = [a for a in scenes.ATTRIBUTES if judgements[a][i] < 1] + ["count"] * bool(
+            judgements["count"][i] < 1
+        )
         colour = "#D55E00" if wrong else "#009E73"
         ax.spines[:].set(color=colour, linewidth=1.5)
-        ax.set_title(textwrap.fill("✗ " + ", ".join(wrong), 29) if wrong else "✓", color=colour, fontsize=6)
+        ax.set_title(
+            textwrap.fill("✗ " + ", ".join(wrong), 29) if wrong else "✓", color=colour, fontsize=6
+        )
 
 
 def quality_bars(ax, quality: dict, chance: dict, kind: str) -> None:
     """Bars per attribute for the scenes of one kind ('one object'): unseen and held out, intervals, chance, aims."""
-    splits = {s: c for s, c in (("unseen", "#0072B2"), ("held_out", "#E69F00")) if (s, kind) in quality}
+    splits = {
+        s: c for s, c in (("unseen", "#0072B2"), ("held_out", "#E69F00")) if (s, kind) in quality
+    }
     for j, (split, colour) in enumerate(splits.items()):
         value, low, high = np.array(list(quality[split, kind].values())).T
         y = np.arange(len(value)) + 0.38 * (j - 0.5)
         error = np.clip([value - low, high - value], 0, None)
-        ax.barh(y, value, 0.36, xerr=error, color=colour, error_kw={"lw": 0.8}, label=split.replace("_", " "))
+        ax.barh(
+            y,
+            value,
+            0.36,
+            xerr=error,
+            color=colour,
+            error_kw={"lw": 0.8},
+            label=split.replace("_", " "),
+        )
         guess = [e.value for e in chance[split, kind].values()]
-        ax.plot(guess, y, "|", color="black", markersize=5, markeredgewidth=1.2, label=None if j else "chance")
+        ax.plot(
+            guess,
+            y,
+            "|",
+            color="black",
+            markersize=5,
+            markeredgewidth=1.2,
+            label=None if j else "chance",
+        )
     names = list(next(iter(quality.values())))
-    aims = [(i, AIMS[a]) for i, a in enumerate(names) if a in AIMS and (a != "all" or kind == "one object")]
-    ax.plot(*zip(*[(aim, i) for i, aim in aims]), "D", color="white", markeredgecolor="black", markersize=3.5, linestyle="", label="aim")
+    aims = [
+        (i, AIMS[a])
+        for i, a in enumerate(names)
+        if a in AIMS and (a != "all" or kind == "one object")
+    ]
+    ax.plot(
+        *zip(*[(aim, i) for i, aim in aims]),
+        "D",
+        color="white",
+        markeredgecolor="black",
+        markersize=3.5,
+        linestyle="",
+        label="aim",
+    )
     ax.set_yticks(range(len(names)), [NAMES.get(a, a) for a in names])
     ax.set(xlim=(0, 1.02), ylim=(len(names) - 0.4, -0.6), xlabel="share right", title=kind)
 
 
-def model_card(parameters: dict, seconds: dict[str, float], size: int, quality, aims, chance) -> str:
+def model_card(
+    parameters: dict, seconds: dict[str, float], size: int, quality, aims, chance
+) -> str:
     """README.md of the pipeline's folder, from what notebook 00 was given and measured.
 
     Parameters
@@ -506,7 +641,9 @@ def model_card(parameters: dict, seconds: dict[str, float], size: int, quality, 
     """
     p = parameters
     pairs = ", ".join(f"{colour} {shape}" for colour, shape in scenes.HELD_OUT)
-    example = scenes.Scene((scenes.Object("circle", "red", "large", "striped", "top left"),), "white")
+    example = scenes.Scene(
+        (scenes.Object("circle", "red", "large", "striped", "top left"),), "white"
+    )
     missed = ", ".join(NAMES.get(a, a) for a, (_, _, met) in aims.items() if not met)
     only_aimed = {g: {a: e[a] for a in AIMS} for g, e in chance.items()}
     return f"""---

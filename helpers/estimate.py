@@ -32,14 +32,19 @@ class PeakMemory(TorchDispatchMode):
         self.alive, self.peak, self.known = 0, 0, set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self._note((args, kwargs), made=False)  # weights and inputs were there before: views of them take nothing
+        self._note(
+            (args, kwargs), made=False
+        )  # weights and inputs were there before: views of them take nothing
         out = func(*args, **(kwargs or {}))
         self._note(out, made=True)
         return out
 
     def _note(self, tree, made: bool):
         for t in tree_leaves(tree):
-            if isinstance(t, torch.Tensor) and (key := t.untyped_storage()._cdata) not in self.known:
+            if (
+                isinstance(t, torch.Tensor)
+                and (key := t.untyped_storage()._cdata) not in self.known
+            ):
                 size = t.untyped_storage().nbytes() if made else 0
                 self.known.add(key)
                 self.alive += size
@@ -58,7 +63,9 @@ def one_call(pipe, prompt: str, taps, **sampling) -> tuple[dict, float, int]:
     denoiser = denoiser_of(pipe)
     handles = [
         denoiser.register_forward_pre_hook(lambda *_: [m.__enter__() for m in modes] and None),
-        denoiser.register_forward_hook(lambda *_: [m.__exit__(None, None, None) for m in reversed(modes)] and None),
+        denoiser.register_forward_hook(
+            lambda *_: [m.__exit__(None, None, None) for m in reversed(modes)] and None
+        ),
     ]
     try:
         found = trajectories.shapes(pipe, taps, prompt, **sampling)
@@ -76,32 +83,69 @@ def estimate(name: str, pipe=None, tflops: float = 60.0) -> dict:
     if not 0 < tflops < math.inf:
         raise ValueError(f"tflops is {tflops}; it must be a number above 0")
     pipe = pipe or runs.load_pipeline(p["model"], p["device"], p["dtype"], p["revision"])
-    half = runs.choose_dtype(p["dtype"], torch.float16).itemsize / next(denoiser_of(pipe).parameters()).element_size()
+    half = (
+        runs.choose_dtype(p["dtype"], torch.float16).itemsize
+        / next(denoiser_of(pipe).parameters()).element_size()
+    )
     sampling, taps = jobs.sampling_of(p), jobs.taps_of(p)
     steps = trajectories.kept_steps(p["steps"], p["num_inference_steps"], p["n_keep"])
     found, flops, peak = one_call(pipe, "a photograph of a dog", list(taps.values()), **sampling)
     missing = [tap.hookpoint for tap in taps.values() if tap not in found]
     if missing:
-        raise ValueError(f"hookpoint {missing[0]!r} is never called or has no grid of tokens; valid are like {', '.join(list(trajectories.hookpoints(pipe, 'a dog', **sampling))[:8])}")
+        raise ValueError(
+            f"hookpoint {missing[0]!r} is never called or has no grid of tokens; valid are like {', '.join(list(trajectories.hookpoints(pipe, 'a dog', **sampling))[:8])}"
+        )
     n = {split: p[f"n_{split}"] for split in stores.SPLITS}
     precision, activations, d_in = runs.choose_dtype(p["store_dtype"]), 0, 0
     for tap in taps.values():
         rows, columns, channels = found[tap]
-        of = {split: rows * columns for split in n} | {"train": p["tokens_per_image"] or rows * columns}
-        activations += sum(n[split] * trajectories.bytes_per_image(len(steps), of[split], channels, precision) for split in n)
+        of = {split: rows * columns for split in n} | {
+            "train": p["tokens_per_image"] or rows * columns
+        }
+        activations += sum(
+            n[split] * trajectories.bytes_per_image(len(steps), of[split], channels, precision)
+            for split in n
+        )
         d_in = d_in or len(steps) * channels
-    pictures = stores.image_bytes(pipe, sampling) * sum(v for split, v in n.items() if split != "train" or p["train_images"])
-    weights = sum(t.numel() * t.element_size() for c in pipe.components.values() if isinstance(c, torch.nn.Module) for t in c.parameters())
+    pictures = stores.image_bytes(pipe, sampling) * sum(
+        v for split, v in n.items() if split != "train" or p["train_images"]
+    )
+    weights = sum(
+        t.numel() * t.element_size()
+        for c in pipe.components.values()
+        if isinstance(c, torch.nn.Module)
+        for t in c.parameters()
+    )
     sae_weights = (2 * d_in + 1) * sae["n_latents"] * 4
     return {
-        "images": sum(n.values()), "dimensions": d_in, "activations on disk": activations, "images on disk": pictures,
-        "operations an image": flops * p["num_inference_steps"], "collecting, hours": flops * p["num_inference_steps"] * sum(n.values()) / tflops / 1e12 / 3600,
+        "images": sum(n.values()),
+        "dimensions": d_in,
+        "activations on disk": activations,
+        "images on disk": pictures,
+        "operations an image": flops * p["num_inference_steps"],
+        "collecting, hours": flops
+        * p["num_inference_steps"]
+        * sum(n.values())
+        / tflops
+        / 1e12
+        / 3600,
         "collecting, GPU memory": int((weights + peak * p["batch_size"]) * half),
-        "training the SAE, hours": 2 * d_in * sae["n_latents"] * sae["n_updates"] * sae["sae_batch_size"] / 0.5 / tflops / 1e12 / 3600,
-        "training the SAE, GPU memory": 4 * sae_weights + sae["sae_batch_size"] * (sae["n_latents"] + 6 * d_in) * 4 // sae["accumulate"],
-        "SAE on disk": sae_weights, "its checkpoint on disk": 3 * sae_weights, "sums on disk": 2 * 2 * (d_in // len(steps)) ** 2 * len(steps) * 8,
+        "training the SAE, hours": 2
+        * d_in
+        * sae["n_latents"]
+        * sae["n_updates"]
+        * sae["sae_batch_size"]
+        / 0.5
+        / tflops
+        / 1e12
+        / 3600,
+        "training the SAE, GPU memory": 4 * sae_weights
+        + sae["sae_batch_size"] * (sae["n_latents"] + 6 * d_in) * 4 // sae["accumulate"],
+        "SAE on disk": sae_weights,
+        "its checkpoint on disk": 3 * sae_weights,
+        "sums on disk": 2 * 2 * (d_in // len(steps)) ** 2 * len(steps) * 8,
         "memory for notebook 05": 2 * 4 * d_in * rows * columns * (n["validation"] + n["test"]),
-    }  # fmt: skip
+    }
 
 
 def say(figures: dict) -> str:
@@ -111,15 +155,30 @@ def say(figures: dict) -> str:
         if "disk" in name or "memory" in name:
             shown = in_units(value)
         else:
-            shown = in_units(value, "FLOP") if "operations" in name else f"{value:,.2f}" if "hours" in name else f"{value:,}"
+            shown = (
+                in_units(value, "FLOP")
+                if "operations" in name
+                else f"{value:,.2f}"
+                if "hours" in name
+                else f"{value:,}"
+            )
         lines.append(f"{name:32} {shown:>14}")
     return "\n".join(lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m helpers.estimate", description=__doc__.splitlines()[0])
-    parser.add_argument("parameters", help="a file in notebooks/parameters, without .yaml, or a path to one")
-    parser.add_argument("--tflops", type=float, default=60.0, help="what the GPU sustains, in 10¹² operations a second (default 60)")
+    parser = argparse.ArgumentParser(
+        prog="python -m helpers.estimate", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument(
+        "parameters", help="a file in notebooks/parameters, without .yaml, or a path to one"
+    )
+    parser.add_argument(
+        "--tflops",
+        type=float,
+        default=60.0,
+        help="what the GPU sustains, in 10¹² operations a second (default 60)",
+    )
     given = parser.parse_args()
     try:
         print(say(estimate(given.parameters, tflops=given.tflops)))

@@ -17,8 +17,12 @@ from safetensors.torch import save_file
 def _replace(path: Path, write) -> None:
     """Let `write(aside)` make the file, then rename it over `path`; a failure leaves `path` as it was."""
     if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder; a file is to be written there, so move the folder or choose another one")
-    aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")  # a process id may be another machine's, too
+        raise IsADirectoryError(
+            f"{path} is a folder; a file is to be written there, so move the folder or choose another one"
+        )
+    aside = path.with_name(
+        f".{path.name}.{secrets.token_hex(4)}.part"
+    )  # a process id may be another machine's, too
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(aside)
@@ -29,10 +33,14 @@ def _replace(path: Path, write) -> None:
     except Exception as error:
         # safetensors reports a full disk as its own error type, not as OSError
         if isinstance(error, OSError | SafetensorError):
-            raise OSError(f"{path} could not be written ({error}); free some disk space or choose another folder") from error
+            raise OSError(
+                f"{path} could not be written ({error}); free some disk space or choose another folder"
+            ) from error
         raise
     finally:
-        with suppress(OSError):  # where nothing can be written, nothing can be removed, and the first error says more
+        with suppress(
+            OSError
+        ):  # where nothing can be written, nothing can be removed, and the first error says more
             aside.unlink(missing_ok=True)
 
 
@@ -59,7 +67,9 @@ def _content(tensors: dict[str, torch.Tensor], record: dict) -> str:
     return found.hexdigest()
 
 
-def save_tensors(path: str | Path, tensors: dict[str, torch.Tensor], record: dict | None = None) -> None:
+def save_tensors(
+    path: str | Path, tensors: dict[str, torch.Tensor], record: dict | None = None
+) -> None:
     """Write tensors, a JSON-able `record` and the SHA-256 of both, in the file's metadata, as one safetensors file, atomically.
 
     Raises
@@ -70,7 +80,9 @@ def save_tensors(path: str | Path, tensors: dict[str, torch.Tensor], record: dic
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     record = json.loads(json.dumps(record or {}))  # as it will come back
     # all under one key: safetensors writes several in an order of its own, another each time
-    metadata = {"record": json.dumps(record | {"sha256": _content(tensors, record)}, sort_keys=True)}
+    metadata = {
+        "record": json.dumps(record | {"sha256": _content(tensors, record)}, sort_keys=True)
+    }
     _replace(Path(path), lambda aside: save_file(tensors, aside, metadata))
 
 
@@ -89,7 +101,9 @@ def load_tensors(path: str | Path, names=None) -> tuple[dict[str, torch.Tensor],
         record = json.loads((f.metadata() or {}).get("record", "{}"))
     written = record.pop("sha256", None)
     if names is None and written not in (None, _content(tensors, record)):
-        raise ValueError(f"{path} is damaged (its contents are not those that were written); delete it and run the notebook that writes it again")
+        raise ValueError(
+            f"{path} is damaged (its contents are not those that were written); delete it and run the notebook that writes it again"
+        )
     return tensors, record
 
 
@@ -105,7 +119,9 @@ def _present(path: str | Path) -> Path:
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; run the notebook that writes it first")
     if path.is_dir():
-        raise ValueError(f"{path} is a folder; a file is needed there, so move the folder and run the notebook that writes the file")
+        raise ValueError(
+            f"{path} is a folder; a file is needed there, so move the folder and run the notebook that writes the file"
+        )
     return path
 
 
@@ -116,7 +132,9 @@ def _opened(path: str | Path):
         with safe_open(path, "pt") as f:
             yield f
     except (SafetensorError, json.JSONDecodeError, OSError) as error:
-        raise ValueError(f"{path} is damaged ({error}); delete it and run the notebook that writes it again") from error
+        raise ValueError(
+            f"{path} is damaged ({error}); delete it and run the notebook that writes it again"
+        ) from error
 
 
 def save_text(path: str | Path, text: str) -> None:
@@ -135,4 +153,6 @@ def load_json(path: str | Path):
     try:
         return json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is damaged ({error}); delete it and run the notebook that writes it again") from error
+        raise ValueError(
+            f"{path} is damaged ({error}); delete it and run the notebook that writes it again"
+        ) from error

@@ -102,12 +102,16 @@ def from_words(prompts: list[str], n_tokens: int, most: int = 20) -> Labels:
     """
     words = [set(re.findall(r"[a-z]{3,}|\d+", p.lower())) for p in prompts]
     counts = Counter(w for ws in words for w in ws)
-    chosen = [w for w, c in counts.most_common() if len(prompts) / 20 <= c <= len(prompts) / 2][:most]
+    chosen = [w for w, c in counts.most_common() if len(prompts) / 20 <= c <= len(prompts) / 2][
+        :most
+    ]
     n = len(prompts)
     if not chosen:
         lower = np.arange(n_tokens) >= n_tokens // 2
         has = np.tile(np.eye(2, dtype=bool), (n, 1))
-        return Labels(["half=upper", "half=lower"], 2 * np.arange(n)[:, None] + lower, has, np.full(2 * n, 2))
+        return Labels(
+            ["half=upper", "half=lower"], 2 * np.arange(n)[:, None] + lower, has, np.full(2 * n, 2)
+        )
     owner = np.repeat(np.arange(n)[:, None], n_tokens, 1)
     has = np.array([[w in ws for w in chosen] for ws in words], bool).reshape(n, len(chosen))
     return Labels([f"word={w}" for w in chosen], owner, has, np.full(n, 2))

@@ -25,7 +25,9 @@ class Estimate(NamedTuple):
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
-def ratio(numerator, denominator, n_resamples: int = 1000, seed: int = 0, transform=lambda q: q) -> Estimate:
+def ratio(
+    numerator, denominator, n_resamples: int = 1000, seed: int = 0, transform=lambda q: q
+) -> Estimate:
     """transform(Σ numerator / Σ denominator) over images, with a 95 % bootstrap interval (percentile, by image).
 
     Parameters
@@ -39,7 +41,10 @@ def ratio(numerator, denominator, n_resamples: int = 1000, seed: int = 0, transf
     picks = np.random.default_rng(seed).integers(len(numerator), size=(n_resamples, len(numerator)))
     with np.errstate(invalid="ignore", divide="ignore"):
         resampled = transform(numerator[picks].sum(1) / denominator[picks].sum(1))
-    return Estimate(float(transform(numerator.sum() / denominator.sum())), *map(float, np.nanpercentile(resampled, [2.5, 97.5])))
+    return Estimate(
+        float(transform(numerator.sum() / denominator.sum())),
+        *map(float, np.nanpercentile(resampled, [2.5, 97.5])),
+    )
 
 
 def mean(values, **kwargs) -> Estimate:
@@ -56,7 +61,9 @@ def share(successes) -> Estimate:
     return Estimate(float(successes.mean()), float(interval.low), float(interval.high))
 
 
-def squared_errors(x: torch.Tensor, x_hat: torch.Tensor, mean_train: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+def squared_errors(
+    x: torch.Tensor, x_hat: torch.Tensor, mean_train: torch.Tensor
+) -> tuple[np.ndarray, np.ndarray]:
     """What explained variance is made of, per image and step.
 
     Parameters
@@ -69,7 +76,9 @@ def squared_errors(x: torch.Tensor, x_hat: torch.Tensor, mean_train: torch.Tenso
     -------
     Σ (x - x_hat)² and Σ (x - mean_train)², each float64, (image, step).
     """
-    x, x_hat, mean_train = (v.to("cpu" if v.device.type == "mps" else v.device).double() for v in (x, x_hat, mean_train))
+    x, x_hat, mean_train = (
+        v.to("cpu" if v.device.type == "mps" else v.device).double() for v in (x, x_hat, mean_train)
+    )
     error = (x - x_hat).pow(2).sum((2, 3))
     spread = (x - mean_train[:, None]).pow(2).sum((2, 3))
     return error.cpu().numpy(), spread.cpu().numpy()
@@ -96,7 +105,9 @@ def auroc(scores, labels: np.ndarray) -> np.ndarray:
     positives, n = labels.sum(0), len(labels)
     if scipy.sparse.issparse(scores):
         ranks, zero_rank = sparse_ranks(scores)
-        with_code = (ranks != 0).astype(float).T @ labels  # (latent, label): positives that have a code
+        with_code = (ranks != 0).astype(
+            float
+        ).T @ labels  # (latent, label): positives that have a code
         out = ranks.T @ labels + (positives - with_code) * zero_rank[:, None]
     else:
         out = np.empty((scores.shape[1], labels.shape[1]))
@@ -122,7 +133,9 @@ def sparse_ranks(codes) -> tuple[scipy.sparse.csr_matrix, np.ndarray]:
     return ranks, (zeros + 1) / 2
 
 
-def resampled_auroc(scores, labels, images, n_images: int, n_resamples: int = 200, seed: int = 0) -> np.ndarray:
+def resampled_auroc(
+    scores, labels, images, n_images: int, n_resamples: int = 200, seed: int = 0
+) -> np.ndarray:
     """AUROC of one score for one label, (sample,): first as it is, then on resampled images, float, (1 + n_resamples,).
 
     Calls with the same n_images and seed draw the same images, so that what they return can be averaged or subtracted.
@@ -135,7 +148,10 @@ def resampled_auroc(scores, labels, images, n_images: int, n_resamples: int = 20
     rng = np.random.default_rng(seed)
     order = np.argsort(images, kind="stable")
     groups = np.split(order, np.searchsorted(images[order], np.arange(1, n_images)))
-    picks = [np.arange(len(images))] + [np.concatenate([groups[i] for i in rng.integers(n_images, size=n_images)]) for _ in range(n_resamples)]
+    picks = [np.arange(len(images))] + [
+        np.concatenate([groups[i] for i in rng.integers(n_images, size=n_images)])
+        for _ in range(n_resamples)
+    ]
     return np.array([auroc(scores[p, None], labels[p, None])[0, 0] for p in picks])
 
 
@@ -149,4 +165,6 @@ def of_resampled(values: np.ndarray) -> Estimate:
 def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Cosine between vectors along the last axis; 0 where either is the zero vector."""
     norms = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
-    return np.divide((a * b).sum(-1), norms, out=np.zeros(np.broadcast(a, b).shape[:-1]), where=norms > 0)
+    return np.divide(
+        (a * b).sum(-1), norms, out=np.zeros(np.broadcast(a, b).shape[:-1]), where=norms > 0
+    )

@@ -14,12 +14,23 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-COLUMN, TEXT, WIDE = 3.25, 5.5, 6.75  # figure widths in inches: one column, NeurIPS text, two columns
+COLUMN, TEXT, WIDE = (
+    3.25,
+    5.5,
+    6.75,
+)  # figure widths in inches: one column, NeurIPS text, two columns
 # Okabe-Ito colours, told apart by colour-blind readers; one per method, the same in every figure
 PALETTE = {
-    "residual concat": "#0072B2", "raw concat": "#D55E00", "residual one step": "#56B4E9", "raw one step": "#E69F00",
-    "predictors": "#999999", "PCA": "#009E73", "random": "#999999", "class means": "#009E73", "latent": "#0072B2",
-}  # fmt: skip
+    "residual concat": "#0072B2",
+    "raw concat": "#D55E00",
+    "residual one step": "#56B4E9",
+    "raw one step": "#E69F00",
+    "predictors": "#999999",
+    "PCA": "#009E73",
+    "random": "#999999",
+    "class means": "#009E73",
+    "latent": "#0072B2",
+}
 
 
 def use_style() -> None:
@@ -36,15 +47,22 @@ def save_figure(fig: Figure, folder, name: str, **about) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OSError(f"figures: {folder} cannot be made ({error.strerror}); give another run, or make the folder writable") from None
+        raise OSError(
+            f"figures: {folder} cannot be made ({error.strerror}); give another run, or make the folder writable"
+        ) from None
     text = "; ".join(f"{k}={v}" for k, v in sorted(about.items()))
-    for suffix, metadata in (("pdf", {"CreationDate": None, "Subject": text}), ("png", {"Description": text})):
+    for suffix, metadata in (
+        ("pdf", {"CreationDate": None, "Subject": text}),
+        ("png", {"Description": text}),
+    ):
         aside = folder / f".{name}.{suffix}.part"
         try:
             fig.savefig(aside, format=suffix, metadata=metadata)
             aside.replace(folder / f"{name}.{suffix}")
         except (OSError, AttributeError) as error:  # a PDF on a full disk fails with the latter
-            raise OSError(f"figures: {folder / name}.{suffix} could not be written ({getattr(error, 'strerror', None) or error}); free some disk space or make the folder writable") from None
+            raise OSError(
+                f"figures: {folder / name}.{suffix} could not be written ({getattr(error, 'strerror', None) or error}); free some disk space or make the folder writable"
+            ) from None
         finally:
             with suppress(OSError):
                 aside.unlink(missing_ok=True)
@@ -57,7 +75,9 @@ def show_image(ax, image: np.ndarray, title: str = "") -> None:
     ax.set_axis_off()
 
 
-def overlay(ax, image: np.ndarray, heat: np.ndarray, vmax: float, vmin: float = 0.0, cmap: str = "magma"):
+def overlay(
+    ax, image: np.ndarray, heat: np.ndarray, vmax: float, vmin: float = 0.0, cmap: str = "magma"
+):
     """A heat map (rows, columns) of tokens, in the colours of its colour bar, with the image's edges drawn over it; returns the mappable."""
     height, width = image.shape[:2]
     extent = (0, width, height, 0)
@@ -70,7 +90,14 @@ def overlay(ax, image: np.ndarray, heat: np.ndarray, vmax: float, vmin: float = 
     return shown
 
 
-def heat_strip(axes, image: np.ndarray, heat: np.ndarray, timesteps, vmax: float | None = None, titles: bool = True):
+def heat_strip(
+    axes,
+    image: np.ndarray,
+    heat: np.ndarray,
+    timesteps,
+    vmax: float | None = None,
+    titles: bool = True,
+):
     """The image, then one heat map per kept step over it, all on one colour scale.
 
     Parameters

@@ -21,7 +21,9 @@ import torch
 
 from helpers.files import load_tensors, save_tensors
 
-STRENGTHS = tuple(10.0 ** np.arange(-6, 1.5, 0.5))  # ridge strengths tried, relative to the mean eigenvalue
+STRENGTHS = tuple(
+    10.0 ** np.arange(-6, 1.5, 0.5)
+)  # ridge strengths tried, relative to the mean eigenvalue
 
 
 @dataclass
@@ -40,7 +42,9 @@ class Moments:
 
     def summed(self, accelerator) -> Moments:
         """These sums added up over an `accelerate.Accelerator`'s processes, which must share one shift."""
-        parts = (torch.as_tensor(getattr(self, f.name)).to(accelerator.device) for f in fields(self)[1:])
+        parts = (
+            torch.as_tensor(getattr(self, f.name)).to(accelerator.device) for f in fields(self)[1:]
+        )
         count, *sums = (accelerator.reduce(part, "sum").cpu() for part in parts)
         return Moments(self.shift, int(count), *sums)
 
@@ -48,11 +52,15 @@ class Moments:
     def none(shift: torch.Tensor) -> Moments:
         """Those of no trajectories at all."""
         S, d = shift.shape
-        return Moments(shift, 0, torch.zeros_like(shift), shift.new_zeros(S, d, d), shift.new_zeros(S, d, d))
+        return Moments(
+            shift, 0, torch.zeros_like(shift), shift.new_zeros(S, d, d), shift.new_zeros(S, d, d)
+        )
 
     def save(self, path: str | Path, record: dict | None = None) -> None:
         """Write to one safetensors file, atomically, with a JSON-able record beside the tensors."""
-        save_tensors(path, {f.name: torch.as_tensor(getattr(self, f.name)) for f in fields(self)}, record)
+        save_tensors(
+            path, {f.name: torch.as_tensor(getattr(self, f.name)) for f in fields(self)}, record
+        )
 
     @staticmethod
     def load(path: str | Path) -> tuple[Moments, dict]:
@@ -61,12 +69,18 @@ class Moments:
         try:
             return Moments(**tensors | {"count": int(tensors["count"])}), record
         except (KeyError, TypeError):
-            raise ValueError(f"{path} does not hold moments; delete it and run 02_fit_predictors again") from None
+            raise ValueError(
+                f"{path} does not hold moments; delete it and run 02_fit_predictors again"
+            ) from None
 
     def __add__(self, other: Moments) -> Moments:
         if not torch.equal(self.shift, other.shift):
-            raise ValueError("moments with different shifts cannot be added; pass the first one's shift to accumulate")
-        return Moments(self.shift, *(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)[1:]))
+            raise ValueError(
+                "moments with different shifts cannot be added; pass the first one's shift to accumulate"
+            )
+        return Moments(
+            self.shift, *(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)[1:])
+        )
 
 
 def accumulate(shards, shift: torch.Tensor | None = None, device: str = "cpu") -> Moments:
@@ -84,11 +98,17 @@ def accumulate(shards, shift: torch.Tensor | None = None, device: str = "cpu") -
     shift, moments, waiting = None if shift is None else shift.to(device), None, []
     for h in itertools.chain(shards, [None]):
         if h is not None:
-            h = h.permute(1, 0, 2, 3).to(device, torch.float64, copy=True, memory_format=torch.contiguous_format).flatten(1, 2)  # step, trajectory, channel
+            h = (
+                h.permute(1, 0, 2, 3)
+                .to(device, torch.float64, copy=True, memory_format=torch.contiguous_format)
+                .flatten(1, 2)
+            )  # step, trajectory, channel
             if shift is None:
                 shift = h.mean(1)
             waiting.append(h)
-            if sum(w.shape[1] for w in waiting) < min(h.shape[2], 4096):  # adding (d, d) up is work like a product with d rows, so small shards are joined
+            if sum(w.shape[1] for w in waiting) < min(
+                h.shape[2], 4096
+            ):  # adding (d, d) up is work like a product with d rows, so small shards are joined
                 continue
         if not waiting:
             break
@@ -97,14 +117,23 @@ def accumulate(shards, shift: torch.Tensor | None = None, device: str = "cpu") -
         h -= shift[:, None]
         total = h.sum(1)
         if not torch.isfinite(total).all():
-            raise ValueError("the recorded activations hold NaN or infinity; collect them again with store_dtype 'float32'")
+            raise ValueError(
+                "the recorded activations hold NaN or infinity; collect them again with store_dtype 'float32'"
+            )
         cross = h.new_zeros(len(h), h.shape[2], h.shape[2])
         cross[1:] = h[:-1].transpose(1, 2) @ h[1:]
         part = Moments(shift, h.shape[1], total, _squares(h), cross)
         moments = part if moments is None else moments + part
     if moments is None:
-        raise ValueError("there are no trajectories to fit on; the split is empty, so give it at least one prompt")
-    return Moments(*(v.cpu() if isinstance(v, torch.Tensor) else v for v in (getattr(moments, f.name) for f in fields(moments))))
+        raise ValueError(
+            "there are no trajectories to fit on; the split is empty, so give it at least one prompt"
+        )
+    return Moments(
+        *(
+            v.cpu() if isinstance(v, torch.Tensor) else v
+            for v in (getattr(moments, f.name) for f in fields(moments))
+        )
+    )
 
 
 def _squares(h: torch.Tensor) -> torch.Tensor:
@@ -151,7 +180,9 @@ class Predictors:
 
     def residualize(self, x: torch.Tensor) -> torch.Tensor:
         """Standardised activations (..., S, d) -> residualized trajectories y = concat(r[s] / rho[s]), (..., S·d)."""
-        predicted = torch.einsum("...sd,sde->...se", x[..., :-1, :], self.A[1:].to(x)) + self.b[1:].to(x)
+        predicted = torch.einsum("...sd,sde->...se", x[..., :-1, :], self.A[1:].to(x)) + self.b[
+            1:
+        ].to(x)
         r = torch.cat([x[..., :1, :], x[..., 1:, :] - predicted], dim=-2)
         return (r / self.rho.to(x)[:, None]).flatten(-2)
 
@@ -170,7 +201,16 @@ class Predictors:
         """
         return self.restore(directions) - self.restore(torch.zeros_like(directions[:1]))
 
-    def batches(self, store, split: str, batch_size: int, seed: int = 0, start: int = 0, share: tuple[int, int] = (0, 1), device="cpu"):
+    def batches(
+        self,
+        store,
+        split: str,
+        batch_size: int,
+        seed: int = 0,
+        start: int = 0,
+        share: tuple[int, int] = (0, 1),
+        device="cpu",
+    ):
         """Endless shuffled batches of residualized trajectories, (batch_size, S·d), of a `stores.Store`; see its `batches`."""
         for h in store.batches(split, batch_size, seed, start, share):
             yield self.residualize(self.standardise(h.to(device)))
@@ -190,7 +230,9 @@ class Predictors:
         try:
             return Predictors(**tensors), record
         except TypeError:
-            raise ValueError(f"{path} does not hold predictors; run 02_fit_predictors again") from None
+            raise ValueError(
+                f"{path} does not hold predictors; run 02_fit_predictors again"
+            ) from None
 
 
 def _standardised(m: Moments, mu: torch.Tensor, scale: torch.Tensor):
@@ -199,7 +241,10 @@ def _standardised(m: Moments, mu: torch.Tensor, scale: torch.Tensor):
     total = (m.total - m.count * off) / scale[:, None]
 
     def centre(product, left_total, right_total, left_off, right_off):
-        mixed = left_off[:, :, None] * right_total[:, None] + left_total[:, :, None] * right_off[:, None]
+        mixed = (
+            left_off[:, :, None] * right_total[:, None]
+            + left_total[:, :, None] * right_off[:, None]
+        )
         return product - mixed + m.count * left_off[:, :, None] * right_off[:, None]
 
     square = centre(m.square, m.total, m.total, off, off) / scale[:, None, None] ** 2
@@ -209,7 +254,9 @@ def _standardised(m: Moments, mu: torch.Tensor, scale: torch.Tensor):
     return square, cross, total
 
 
-def fit(train: Moments, validation: Moments, strengths=STRENGTHS, dtype: torch.dtype = torch.float32) -> Predictors:
+def fit(
+    train: Moments, validation: Moments, strengths=STRENGTHS, dtype: torch.dtype = torch.float32
+) -> Predictors:
     """Ridge regression between neighbouring steps; each pair's strength is the best on held-out images.
 
     Solves (XᵀX + lam · tr(XᵀX)/d · I) A = XᵀY in float64 on standardised, centred activations; the intercept is not
@@ -219,36 +266,55 @@ def fit(train: Moments, validation: Moments, strengths=STRENGTHS, dtype: torch.d
     strengths = tuple(strengths)
     for strength in strengths:
         if not isinstance(strength, Real) or not 0 <= strength < math.inf:
-            raise ValueError(f"ridge_strengths holds {strength!r}; each must be a number of at least 0")
+            raise ValueError(
+                f"ridge_strengths holds {strength!r}; each must be a number of at least 0"
+            )
     if not strengths:
         raise ValueError("ridge_strengths is empty; it must hold at least one number of at least 0")
     if not train.count or not validation.count:
-        raise ValueError("there are no trajectories to fit on or to choose a strength with; give both splits at least one prompt")
+        raise ValueError(
+            "there are no trajectories to fit on or to choose a strength with; give both splits at least one prompt"
+        )
     n, (S, d) = train.count, train.shift.shape
     mu = train.shift + train.total / n
     variance = torch.diagonal(train.square, dim1=1, dim2=2) / n - (train.total / n) ** 2
     scale = variance.clamp(min=0).mean(1).sqrt()
     if (scale == 0).any():
-        raise ValueError(f"the activations of kept step number {int((scale == 0).nonzero()[0])} never vary; choose another hookpoint or steps")  # fmt: skip
+        raise ValueError(
+            f"the activations of kept step number {int((scale == 0).nonzero()[0])} never vary; choose another hookpoint or steps"
+        )
     square, cross, _ = _standardised(train, mu, scale)
     held_square, held_cross, _ = _standardised(validation, mu, scale)
-    A, rho, chosen = torch.zeros(S, d, d, dtype=torch.float64), torch.ones(S, dtype=torch.float64), torch.zeros(S, dtype=torch.float64)  # fmt: skip
+    A, rho, chosen = (
+        torch.zeros(S, d, d, dtype=torch.float64),
+        torch.ones(S, dtype=torch.float64),
+        torch.zeros(S, dtype=torch.float64),
+    )
     for s in range(1, S):
         values, vectors = torch.linalg.eigh(square[s - 1])
         projected = vectors.T @ cross[s]
         best = None
         for strength in strengths:
-            candidate = vectors @ (projected / (values.clamp(min=0) + strength * values.mean())[:, None])
+            candidate = vectors @ (
+                projected / (values.clamp(min=0) + strength * values.mean())[:, None]
+            )
             error = _squared_error(candidate, held_square[s - 1], held_cross[s], held_square[s])
             if torch.isfinite(error) and (best is None or error < best[0]):
                 best = (error, strength, candidate)
         if best is None:
-            raise ValueError(f"ridge_strengths {list(strengths)}: the predictor of kept step number {s} is not determined; valid is a number above 0")
+            raise ValueError(
+                f"ridge_strengths {list(strengths)}: the predictor of kept step number {s} is not determined; valid is a number above 0"
+            )
         held_error, chosen[s], A[s] = best
-        seen, held = _squared_error(A[s], square[s - 1], cross[s], square[s]) / n, held_error / validation.count
+        seen, held = (
+            _squared_error(A[s], square[s - 1], cross[s], square[s]) / n,
+            held_error / validation.count,
+        )
         rho[s] = ((seen if seen > 1e-4 * held else held) / d).clamp(min=0).sqrt()
     if (rho == 0).any():
-        raise ValueError(f"steps: kept step number {int((rho == 0).nonzero()[0])} is predicted without error, so it has no residual; leave it out or record more images")  # fmt: skip
+        raise ValueError(
+            f"steps: kept step number {int((rho == 0).nonzero()[0])} is predicted without error, so it has no residual; leave it out or record more images"
+        )
     parts = (mu, scale, A, torch.zeros(S, d, dtype=torch.float64), rho, chosen)
     return Predictors(*(p.to(dtype) for p in parts))
 

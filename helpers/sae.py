@@ -44,12 +44,16 @@ class SAE(torch.nn.Module):
         if n_latents < 1:
             raise ValueError(f"n_latents is {n_latents}; it must be at least 1")
         if not 1 <= k <= n_latents:
-            raise ValueError(f"k is {k}; with n_latents={n_latents} it must lie in 1 to {n_latents}")
+            raise ValueError(
+                f"k is {k}; with n_latents={n_latents} it must lie in 1 to {n_latents}"
+            )
         self.d_in, self.n_latents, self.k = d_in, n_latents, k
         rows = torch.randn(n_latents, d_in, generator=torch.Generator().manual_seed(seed))
         rows = rows / rows.norm(dim=1, keepdim=True)
         self.W_dec = torch.nn.Parameter(rows)  # (n_latents, d_in)
-        self.W_enc = torch.nn.Parameter(rows.clone().T)  # (d_in, n_latents), in memory latent by latent
+        self.W_enc = torch.nn.Parameter(
+            rows.clone().T
+        )  # (d_in, n_latents), in memory latent by latent
         self.b_enc = torch.nn.Parameter(torch.zeros(n_latents))
         self.b_dec = torch.nn.Parameter(torch.zeros(d_in))
         self.register_buffer("threshold", torch.zeros(()))
@@ -83,9 +87,10 @@ class SAE(torch.nn.Module):
             sae = SAE(record["d_in"], record["n_latents"], record["k"])
             sae.load_state_dict(tensors)
         except (KeyError, RuntimeError):
-            raise ValueError(f"{path} does not hold an SAE; run 03_train_residual_sae again") from None
+            raise ValueError(
+                f"{path} does not hold an SAE; run 03_train_residual_sae again"
+            ) from None
         return sae.eval(), record
-
 
     @torch.no_grad()
     def set_threshold(self, y: torch.Tensor) -> SAE:
@@ -115,10 +120,26 @@ class History:
 
 
 def train(
-    batches, d_in: int, n_latents: int, k: int, *, n_steps: int, learning_rate: float = 1e-3, aux_coefficient: float = 1 / 32,
-    dead_after: int = 50_000, seed: int = 0, device="cpu", dtype: torch.dtype = torch.float32, accumulate: int = 1, checkpoints=None,
-    save_every: int = 500, record: dict | None = None, accelerator=None, log_every: int = 10, label: str = "SAE",
-) -> tuple[SAE, History]:  # fmt: skip
+    batches,
+    d_in: int,
+    n_latents: int,
+    k: int,
+    *,
+    n_steps: int,
+    learning_rate: float = 1e-3,
+    aux_coefficient: float = 1 / 32,
+    dead_after: int = 50_000,
+    seed: int = 0,
+    device="cpu",
+    dtype: torch.dtype = torch.float32,
+    accumulate: int = 1,
+    checkpoints=None,
+    save_every: int = 500,
+    record: dict | None = None,
+    accelerator=None,
+    log_every: int = 10,
+    label: str = "SAE",
+) -> tuple[SAE, History]:
     """Train an SAE on batches with Adam: warm-up over 5 % of the updates, linear decay over the last 20 %.
 
     Parameters
@@ -148,16 +169,33 @@ def train(
     FloatingPointError
         NaN or infinity in a batch or in the loss, naming the update; the last checkpoint stays as it was.
     """
-    for name, value in (("learning_rate", learning_rate), ("dead_after", dead_after), ("accumulate", accumulate), ("n_updates", n_steps)):
+    for name, value in (
+        ("learning_rate", learning_rate),
+        ("dead_after", dead_after),
+        ("accumulate", accumulate),
+        ("n_updates", n_steps),
+    ):
         if not value > 0:
             raise ValueError(f"{name} is {value}; it must be above 0")
-    device = accelerator.device if accelerator else "cpu" if str(device).startswith("mps") else device  # MPS has no sparse products
+    device = (
+        accelerator.device if accelerator else "cpu" if str(device).startswith("mps") else device
+    )  # MPS has no sparse products
     settings = (record or {}) | {
-        "d_in": d_in, "n_latents": n_latents, "k": k, "n_steps": n_steps, "learning_rate": learning_rate, "aux_coefficient": aux_coefficient,
-        "dead_after": dead_after, "seed": seed, "dtype": str(dtype).removeprefix("torch."), "accumulate": accumulate,
-    }  # fmt: skip
+        "d_in": d_in,
+        "n_latents": n_latents,
+        "k": k,
+        "n_steps": n_steps,
+        "learning_rate": learning_rate,
+        "aux_coefficient": aux_coefficient,
+        "dead_after": dead_after,
+        "seed": seed,
+        "dtype": str(dtype).removeprefix("torch."),
+        "accumulate": accumulate,
+    }
     sae = SAE(d_in, n_latents, k, seed).to(device)
-    rows_enc = torch.nn.Parameter(sae.W_enc.data.T)  # the same memory, (n_latents, d_in) and contiguous, as fused Adam likes it
+    rows_enc = torch.nn.Parameter(
+        sae.W_enc.data.T
+    )  # the same memory, (n_latents, d_in) and contiguous, as fused Adam likes it
     parameters = (rows_enc, sae.W_dec, sae.b_enc, sae.b_dec)
     for p in parameters:
         p.grad = torch.zeros_like(p)
@@ -173,24 +211,62 @@ def train(
     main = accelerator is None or accelerator.is_main_process
     start = time.perf_counter() - history.seconds
     stream = None if done == n_steps else _from(batches, done)
-    bar = tqdm(range(done, n_steps), initial=done, total=n_steps, desc=label, mininterval=1, disable=not main or done == n_steps)
+    bar = tqdm(
+        range(done, n_steps),
+        initial=done,
+        total=n_steps,
+        desc=label,
+        mininterval=1,
+        disable=not main or done == n_steps,
+    )
     for step in bar:
         y = next(stream).to(device)
         if step == 0:
-            sae.b_dec.data = _sum(accelerator, y.sum(0)) / _sum(accelerator, torch.tensor(float(len(y)), device=device))
-        rate = min(1.0, (step + 1) / (0.05 * n_steps + 1), max(0.01, (n_steps - step) / (0.2 * n_steps)))
+            sae.b_dec.data = _sum(accelerator, y.sum(0)) / _sum(
+                accelerator, torch.tensor(float(len(y)), device=device)
+            )
+        rate = min(
+            1.0, (step + 1) / (0.05 * n_steps + 1), max(0.01, (n_steps - step) / (0.2 * n_steps))
+        )
         for group in optimiser.param_groups:
             group["lr"] = learning_rate * rate
         dead = (since_fired >= dead_after).nonzero().flatten()
         if step == done and len(y) < 2 * accumulate:
-            raise ValueError(f"sae_batch_size gives {len(y)} inputs at once; with accumulate={accumulate} it must be at least {2 * accumulate}, two inputs a part")
+            raise ValueError(
+                f"sae_batch_size gives {len(y)} inputs at once; with accumulate={accumulate} it must be at least {2 * accumulate}, two inputs a part"
+            )
         log = step % log_every == 0 or step == n_steps - 1
         chunks = y.chunk(accumulate)
-        parts = [_backward(sae, rows_enc, part, dead, aux_coefficient, 1 / len(chunks), i > 0, dtype, accelerator, log) for i, part in enumerate(chunks)]
+        parts = [
+            _backward(
+                sae,
+                rows_enc,
+                part,
+                dead,
+                aux_coefficient,
+                1 / len(chunks),
+                i > 0,
+                dtype,
+                accelerator,
+                log,
+            )
+            for i, part in enumerate(chunks)
+        ]
         fvu = sum(p.fvu for p in parts) / len(parts)
         if not torch.isfinite(fvu):
-            where = "the batch holds NaN or infinity; look at the recorded activations" if not torch.isfinite(y).all() else f"the loss is {fvu.item()}; lower learning_rate (now {learning_rate})"
-            raise FloatingPointError(f"{label}, update {step}: {where}" + (f". The last checkpoint, {checkpoint}, is kept" if checkpoint and checkpoint.exists() else ""))  # fmt: skip
+            where = (
+                "the batch holds NaN or infinity; look at the recorded activations"
+                if not torch.isfinite(y).all()
+                else f"the loss is {fvu.item()}; lower learning_rate (now {learning_rate})"
+            )
+            raise FloatingPointError(
+                f"{label}, update {step}: {where}"
+                + (
+                    f". The last checkpoint, {checkpoint}, is kept"
+                    if checkpoint and checkpoint.exists()
+                    else ""
+                )
+            )
         _update(sae, optimiser, sum(p.along for p in parts), accelerator)
         since_fired += _sum(accelerator, torch.tensor(float(len(y)), device=device))
         since_fired[_sum(accelerator, sum(p.fired for p in parts)) > 0] = 0
@@ -202,7 +278,11 @@ def train(
             history.l0.append(sum(p.active for p in parts).item() / len(y))
             history.alive.append(1 - len(dead) / n_latents)
             bar.set_postfix(fvu=f"{fvu.item():.3f}", alive=f"{history.alive[-1]:.2f}")
-        if checkpoint is not None and main and ((step + 1) % save_every == 0 or step + 1 == n_steps):
+        if (
+            checkpoint is not None
+            and main
+            and ((step + 1) % save_every == 0 or step + 1 == n_steps)
+        ):
             history.seconds = time.perf_counter() - start
             _save(checkpoint, settings, sae, optimiser, since_fired, step + 1, history)
     history.seconds = time.perf_counter() - start if done < n_steps else history.seconds
@@ -236,7 +316,9 @@ class _Part:
 
 
 @torch.no_grad()
-def _backward(sae: SAE, rows_enc, y, dead, aux_coefficient, weight, add: bool, dtype, accelerator, count: bool) -> _Part:
+def _backward(
+    sae: SAE, rows_enc, y, dead, aux_coefficient, weight, add: bool, dtype, accelerator, count: bool
+) -> _Part:
     """Gradients of weight · (FVU + auxiliary loss) on one batch, put into (or added to) the `.grad` of `rows_enc`, W_dec, b_enc and b_dec.
 
     With Z the sparse matrix of kept codes, e = y - b_dec - Z W_dec and G = dFVU/dy_hat = -2 e / Σ (y - mean)², the gradients are
@@ -254,7 +336,9 @@ def _backward(sae: SAE, rows_enc, y, dead, aux_coefficient, weight, add: bool, d
     latent = places - row * m
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sparse")  # CSR is called beta, and unchecked
-        Z = torch.sparse_csr_tensor(torch.searchsorted(row, torch.arange(n + 1, device=y.device)), latent, codes, (n, m))
+        Z = torch.sparse_csr_tensor(
+            torch.searchsorted(row, torch.arange(n + 1, device=y.device)), latent, codes, (n, m)
+        )
         error = torch.addmm(centred, Z, sae.W_dec, alpha=-1)
         spread = _sum(accelerator, (y - _sum(accelerator, y.sum(0)) / n_all).pow(2).sum())
         left = _sum(accelerator, error.pow(2).sum())
@@ -263,9 +347,18 @@ def _backward(sae: SAE, rows_enc, y, dead, aux_coefficient, weight, add: bool, d
         order = torch.sort(latent.int(), stable=True).indices  # the same matrices, latent by latent
         starts = torch.searchsorted(latent[order], torch.arange(m + 1, device=y.device))
         for grad, values, other in ((sae.W_dec.grad, codes, G), (rows_enc.grad, d_codes, centred)):
-            torch.addmm(grad, torch.sparse_csr_tensor(starts, row[order], values[order], (m, n)), other, beta=float(add), out=grad)
+            torch.addmm(
+                grad,
+                torch.sparse_csr_tensor(starts, row[order], values[order], (m, n)),
+                other,
+                beta=float(add),
+                out=grad,
+            )
     zeros = torch.zeros(m, device=y.device)
-    d_b_enc, along = zeros.index_add(0, latent, d_codes), zeros.index_add(0, latent, codes * d_codes)
+    d_b_enc, along = (
+        zeros.index_add(0, latent, d_codes),
+        zeros.index_add(0, latent, codes * d_codes),
+    )
     if len(dead) and left > 0:
         z = torch.relu(pre[:, dead])
         top = torch.topk(z, min(len(dead), max(1, sae.d_in // 2)), dim=1)
@@ -281,17 +374,33 @@ def _backward(sae: SAE, rows_enc, y, dead, aux_coefficient, weight, add: bool, d
     for p, grad in ((sae.b_enc, d_b_enc), (sae.b_dec, d_b_dec)):
         p.grad = p.grad + grad if add else grad
     fired = zeros.index_add(0, latent, torch.ones_like(codes))
-    return _Part(left / spread, along, fired, torch.where(cut > 0, cut, sae.threshold), (pre > sae.threshold).sum() if count else 0)
+    return _Part(
+        left / spread,
+        along,
+        fired,
+        torch.where(cut > 0, cut, sae.threshold),
+        (pre > sae.threshold).sum() if count else 0,
+    )
 
 
-def _largest(flat: torch.Tensor, n: int, accelerator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _largest(
+    flat: torch.Tensor, n: int, accelerator
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Places, ascending, and values of the positive ones among the n largest entries over all processes, and the n-th largest."""
     among = flat[:0].long()
-    if flat.numel() > 100_000:  # a sample tells where the cut lies, so that few entries need sorting
+    if (
+        flat.numel() > 100_000
+    ):  # a sample tells where the cut lies, so that few entries need sorting
         sample = flat[:: flat.numel() // 20_000 | 1]  # an odd stride, to meet every latent
-        low = torch.topk(sample, min(len(sample), 1 + 2 * n * len(sample) // flat.numel())).values[-1]
+        low = torch.topk(sample, min(len(sample), 1 + 2 * n * len(sample) // flat.numel())).values[
+            -1
+        ]
         above = flat > low
-        among = torch.from_numpy(np.flatnonzero(above.numpy())) if flat.device.type == "cpu" else above.nonzero().flatten()  # three times as fast
+        among = (
+            torch.from_numpy(np.flatnonzero(above.numpy()))
+            if flat.device.type == "cpu"
+            else above.nonzero().flatten()
+        )  # three times as fast
     if len(among) < n:  # a small batch, or a sample that misled
         among = torch.arange(flat.numel(), device=flat.device)
     values = flat[among]
@@ -318,7 +427,11 @@ def _save(path, settings, sae, optimiser, since_fired, done: int, history: Histo
     """The whole state of a training, or only the result if it is finished."""
     tensors = dict(sae.state_dict())
     if done < settings["n_steps"]:
-        tensors |= {f"adam.{i}.{name}": v for i, p in enumerate(optimiser.param_groups[0]["params"]) for name, v in optimiser.state[p].items()}
+        tensors |= {
+            f"adam.{i}.{name}": v
+            for i, p in enumerate(optimiser.param_groups[0]["params"])
+            for name, v in optimiser.state[p].items()
+        }
         tensors["since_fired"] = since_fired
     save_tensors(path, tensors, {"settings": settings, "done": done, "history": asdict(history)})
 
@@ -329,10 +442,16 @@ def _resume(path, sae, optimiser, since_fired) -> tuple[int, History]:
     try:
         sae.load_state_dict({name: tensors[name] for name in sae.state_dict()})
     except (KeyError, RuntimeError):
-        raise ValueError(f"{path} does not hold a checkpoint of this training; delete it to train anew") from None
+        raise ValueError(
+            f"{path} does not hold a checkpoint of this training; delete it to train anew"
+        ) from None
     if saved["done"] < saved["settings"]["n_steps"]:
         since_fired.copy_(tensors["since_fired"])
         for i, p in enumerate(optimiser.param_groups[0]["params"]):
-            state = {name.split(".")[-1]: v for name, v in tensors.items() if name.startswith(f"adam.{i}.")}
+            state = {
+                name.split(".")[-1]: v
+                for name, v in tensors.items()
+                if name.startswith(f"adam.{i}.")
+            }
             optimiser.state[p] = {name: v.to(p.device) for name, v in state.items()}
     return saved["done"], History(**saved["history"])

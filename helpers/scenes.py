@@ -48,11 +48,20 @@ ATTRIBUTES = {
     "background": tuple(BACKGROUNDS),
 }
 PAIRS = (("left", "right"), ("top", "bottom"))  # positions of two-object scenes
-HELD_OUT = (("red", "triangle"), ("blue", "circle"), ("yellow", "cross"))  # never trained on together
+HELD_OUT = (
+    ("red", "triangle"),
+    ("blue", "circle"),
+    ("yellow", "cross"),
+)  # never trained on together
 
 _PATTERN_PERIOD = 6.0  # pixels
 _PATTERN_DARKEN = 0.35  # the pattern's colour is the object's times this
-_UNIT_AREA = {"circle": np.pi, "square": 4 * 0.85**2, "triangle": 3 * 3**0.5 / 4, "cross": 4 * (2 * 0.36 - 0.36**2)}
+_UNIT_AREA = {
+    "circle": np.pi,
+    "square": 4 * 0.85**2,
+    "triangle": 3 * 3**0.5 / 4,
+    "cross": 4 * (2 * 0.36 - 0.36**2),
+}
 
 
 @dataclass(frozen=True)
@@ -100,7 +109,9 @@ class Reading:
 
 def caption(scene: Scene) -> str:
     """The scene as a sentence; `parse` is its inverse."""
-    things = [f"a {o.size} {o.colour} {o.texture} {o.shape} at the {o.position}" for o in scene.objects]
+    things = [
+        f"a {o.size} {o.colour} {o.texture} {o.shape} at the {o.position}" for o in scene.objects
+    ]
     return " and ".join(things) + f" on a {scene.background} background"
 
 
@@ -118,7 +129,9 @@ def parse(text: str) -> Scene:
             raise ValueError
         _check(scene)
     except ValueError:
-        example = caption(Scene((Object("circle", "red", "large", "striped", "top left"),), "white"))
+        example = caption(
+            Scene((Object("circle", "red", "large", "striped", "top left"),), "white")
+        )
         raise ValueError(f"caption {text!r} is not a scene; a valid one is {example!r}") from None
     return scene
 
@@ -127,7 +140,9 @@ def _check(scene: Scene) -> None:
     for o in scene.objects:
         for name in ("shape", "colour", "size", "texture", "position"):
             if getattr(o, name) not in ATTRIBUTES[name]:
-                raise ValueError(f"{name} {getattr(o, name)!r} is not one of {', '.join(ATTRIBUTES[name])}")
+                raise ValueError(
+                    f"{name} {getattr(o, name)!r} is not one of {', '.join(ATTRIBUTES[name])}"
+                )
     if scene.background not in BACKGROUNDS:
         raise ValueError(f"background {scene.background!r} is not one of {', '.join(BACKGROUNDS)}")
     if not 1 <= len(scene.objects) <= 2:
@@ -147,13 +162,23 @@ def split(scene: Scene) -> str:
     return "unseen" if hashlib.sha256(caption(scene).encode()).digest()[0] < 26 else "train"
 
 
-def sample(n: int, rng: np.random.Generator, splits=("train", "unseen", "held_out"), two: float = 0.5) -> list[Scene]:
+def sample(
+    n: int, rng: np.random.Generator, splits=("train", "unseen", "held_out"), two: float = 0.5
+) -> list[Scene]:
     """Draw n scenes uniformly over attributes; a share `two` of them with two objects."""
     scenes = []
     while len(scenes) < n:
-        places = PAIRS[rng.integers(2)] if rng.random() < two else (str(rng.choice(list(POSITIONS))),)
+        places = (
+            PAIRS[rng.integers(2)] if rng.random() < two else (str(rng.choice(list(POSITIONS))),)
+        )
         objects = tuple(
-            Object(*(ATTRIBUTES[a][rng.integers(len(ATTRIBUTES[a]))] for a in ("shape", "colour", "size", "texture")), p)
+            Object(
+                *(
+                    ATTRIBUTES[a][rng.integers(len(ATTRIBUTES[a]))]
+                    for a in ("shape", "colour", "size", "texture")
+                ),
+                p,
+            )
             for p in places
         )
         scene = Scene(objects, ATTRIBUTES["background"][rng.integers(len(BACKGROUNDS))])
@@ -188,7 +213,9 @@ def _distance(shape: str, x, y):
 
 def _silhouette(shape, row, column, radius, angle):
     """Antialiased masks, shape (n, 64, 64), of one shape at per-object places (pixels) and angles (radians)."""
-    row, column, radius, angle = (np.asarray(v, np.float32)[:, None, None] for v in (row, column, radius, angle))
+    row, column, radius, angle = (
+        np.asarray(v, np.float32)[:, None, None] for v in (row, column, radius, angle)
+    )
     grid = np.arange(IMAGE_SIZE, dtype=np.float32) + 0.5
     y, x = (grid[:, None] - row) / radius, (grid[None, :] - column) / radius
     c, s = np.cos(angle), np.sin(angle)
@@ -201,7 +228,9 @@ def _pattern(texture, phase_y, phase_x):
     y = (grid[:, None] + np.asarray(phase_y, np.float32)[:, None, None]) / _PATTERN_PERIOD
     x = (grid[None, :] + np.asarray(phase_x, np.float32)[:, None, None]) / _PATTERN_PERIOD
     if texture == "striped":
-        return np.broadcast_to(np.clip(0.5 + 3 * (np.cos(2 * np.pi * y) - 0.3), 0, 1), (len(y), IMAGE_SIZE, IMAGE_SIZE))
+        return np.broadcast_to(
+            np.clip(0.5 + 3 * (np.cos(2 * np.pi * y) - 0.3), 0, 1), (len(y), IMAGE_SIZE, IMAGE_SIZE)
+        )
     if texture == "dotted":  # two interleaved grids, so that no row is much darker than another
         return np.clip(0.5 + 3 * (np.cos(np.pi * (x + y)) * np.cos(np.pi * (x - y)) - 0.42), 0, 1)
     return np.zeros((len(y), IMAGE_SIZE, IMAGE_SIZE), np.float32)
@@ -220,7 +249,9 @@ def render(scenes: list[Scene], rng: np.random.Generator) -> tuple[np.ndarray, n
     tint = rng.uniform(-0.03, 0.03, (n, 3, 3)).astype(np.float32)
     jitter = rng.uniform(-1, 1, (n, 2, 4)).astype(np.float32)
     phase = rng.uniform(0, _PATTERN_PERIOD, (n, 2, 2)).astype(np.float32)
-    background = np.array([BACKGROUNDS[s.background] for s in scenes], np.float32).reshape(n, 3) + tint[:, 2]
+    background = (
+        np.array([BACKGROUNDS[s.background] for s in scenes], np.float32).reshape(n, 3) + tint[:, 2]
+    )
     images = np.broadcast_to(background[:, None, None], (n, IMAGE_SIZE, IMAGE_SIZE, 3)).copy()
     masks = np.zeros((n, 2, IMAGE_SIZE, IMAGE_SIZE), np.float32)
     groups: dict[tuple, list[tuple[int, int]]] = {}
@@ -231,11 +262,18 @@ def render(scenes: list[Scene], rng: np.random.Generator) -> tuple[np.ndarray, n
     for (j, shape, texture), members in groups.items():
         i = np.array([m[0] for m in members])
         objects = [scenes[k].objects[j] for k in i]
-        row, column = np.array([POSITIONS[o.position] for o in objects], np.float32).T + 1.5 * jitter[i, j, :2].T
-        radius = np.array([SIZES[o.size] for o in objects], np.float32) * (1 + 0.06 * jitter[i, j, 2])
+        row, column = (
+            np.array([POSITIONS[o.position] for o in objects], np.float32).T
+            + 1.5 * jitter[i, j, :2].T
+        )
+        radius = np.array([SIZES[o.size] for o in objects], np.float32) * (
+            1 + 0.06 * jitter[i, j, 2]
+        )
         mask = _silhouette(shape, row, column, radius, np.deg2rad(8) * jitter[i, j, 3])
         dark = _pattern(texture, phase[i, j, 0], phase[i, j, 1])[..., None]
-        colour = (np.array([COLOURS[o.colour] for o in objects], np.float32) + tint[i, j])[:, None, None]
+        colour = (np.array([COLOURS[o.colour] for o in objects], np.float32) + tint[i, j])[
+            :, None, None
+        ]
         paint = colour * (1 - (1 - _PATTERN_DARKEN) * dark)
         images[i] = images[i] * (1 - mask[..., None]) + paint * mask[..., None]
         masks[i, j] = mask
@@ -276,7 +314,9 @@ def read(images: np.ndarray) -> list[Reading]:
     """
     images = np.asarray(images, np.float32)
     if images.ndim != 4 or images.shape[1:] != (IMAGE_SIZE, IMAGE_SIZE, 3):
-        raise ValueError(f"images have shape {images.shape}; the reader takes (n, {IMAGE_SIZE}, {IMAGE_SIZE}, 3)")
+        raise ValueError(
+            f"images have shape {images.shape}; the reader takes (n, {IMAGE_SIZE}, {IMAGE_SIZE}, 3)"
+        )
     return [_read_one(image) for image in images]
 
 
@@ -322,7 +362,9 @@ def _measure(image: np.ndarray, mask: np.ndarray) -> Found | None:
     colour = _nearest(np.median(bright, axis=0), COLOURS, 0.35)
     if iou < 0.7 or colour is None:
         return None
-    position = min(POSITIONS, key=lambda p: np.hypot(POSITIONS[p][0] - row, POSITIONS[p][1] - column))
+    position = min(
+        POSITIONS, key=lambda p: np.hypot(POSITIONS[p][0] - row, POSITIONS[p][1] - column)
+    )
     size = "small" if radius < sum(SIZES.values()) / 2 else "large"
     return Found(shape, colour, size, _texture(brightness, inside), position, mask, iou)
 
@@ -349,16 +391,33 @@ def judge(scene: Scene, reading: Reading) -> dict[str, float]:
     slots = list(found) + [None] * max(0, len(wanted) - len(found))
 
     def cost(assignment):
-        ends = [(POSITIONS[w.position], POSITIONS[f.position]) for w, f in zip(wanted, assignment) if f]
-        apart = sum(np.hypot(a[0] - b[0], a[1] - b[1]) for a, b in ends) + 100 * sum(f is None for f in assignment)
-        wrong = sum(getattr(w, a) != getattr(f, a) for w, f in zip(wanted, assignment) if f for a in ("colour", "shape"))
-        return apart, wrong  # at equal distance, as left and right are from top, the likelier pairing
+        ends = [
+            (POSITIONS[w.position], POSITIONS[f.position]) for w, f in zip(wanted, assignment) if f
+        ]
+        apart = sum(np.hypot(a[0] - b[0], a[1] - b[1]) for a, b in ends) + 100 * sum(
+            f is None for f in assignment
+        )
+        wrong = sum(
+            getattr(w, a) != getattr(f, a)
+            for w, f in zip(wanted, assignment)
+            if f
+            for a in ("colour", "shape")
+        )
+        return (
+            apart,
+            wrong,
+        )  # at equal distance, as left and right are from top, the likelier pairing
 
     pairs = list(zip(wanted, min(permutations(slots, len(wanted)), key=cost)))
     names = ("shape", "colour", "size", "texture", "position")
-    right = {a: float(np.mean([f is not None and getattr(f, a) == getattr(w, a) for w, f in pairs])) for a in names}
+    right = {
+        a: float(np.mean([f is not None and getattr(f, a) == getattr(w, a) for w, f in pairs]))
+        for a in names
+    }
     right["colour_at_place"] = float(
-        np.mean([f is not None and f.position == w.position and f.colour == w.colour for w, f in pairs])
+        np.mean(
+            [f is not None and f.position == w.position and f.colour == w.colour for w, f in pairs]
+        )
     )
     right["background"] = float(reading.background == scene.background)
     right["count"] = float(len(found) == len(wanted))

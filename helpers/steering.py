@@ -28,7 +28,9 @@ def unit(u: torch.Tensor) -> torch.Tensor:
 
 def random_like(u: torch.Tensor, seed: int) -> torch.Tensor:
     """A random trajectory (S, d) with the same norm at every step as u: the control for any direction."""
-    noise = torch.randn(u.shape, generator=torch.Generator().manual_seed(seed)).to(u)  # drawn on the CPU: the same on every device
+    noise = torch.randn(u.shape, generator=torch.Generator().manual_seed(seed)).to(
+        u
+    )  # drawn on the CPU: the same on every device
     return noise / noise.norm(dim=-1, keepdim=True) * u.norm(dim=-1, keepdim=True)
 
 
@@ -46,11 +48,15 @@ def _at_every_step(values: torch.Tensor, steps, n: int) -> torch.Tensor:
     position = np.interp(np.arange(n), steps, np.arange(len(steps)))
     low = np.floor(position).astype(int)
     high = np.minimum(low + 1, len(steps) - 1)
-    share = torch.tensor(position - low, dtype=values.dtype, device=values.device).reshape(-1, *[1] * (values.ndim - 1))
+    share = torch.tensor(position - low, dtype=values.dtype, device=values.device).reshape(
+        -1, *[1] * (values.ndim - 1)
+    )
     return values[low] * (1 - share) + values[high] * share
 
 
-def addition(u, predictors: Predictors, steps, num_inference_steps: int, strength: float) -> torch.Tensor:
+def addition(
+    u, predictors: Predictors, steps, num_inference_steps: int, strength: float
+) -> torch.Tensor:
     """What to add at every denoising step, raw units, (num_inference_steps, d), for a trajectory u (S, d), standardised."""
     size = predictors.scale.to(u) * u.shape[-1] ** 0.5  # RMS norm of centred tokens
     return _at_every_step(strength * size[:, None] * unit(u), steps, num_inference_steps)
@@ -59,9 +65,15 @@ def addition(u, predictors: Predictors, steps, num_inference_steps: int, strengt
 def check_window(window, num_inference_steps: int) -> tuple[int, int]:
     """First and last step (included) of a window; ValueError outside 0..num_inference_steps-1."""
     steps = list(window) if isinstance(window, (list, tuple, np.ndarray)) else [window]
-    if len(steps) != 2 or any(s not in range(num_inference_steps) for s in steps) or steps[0] > steps[1]:
+    if (
+        len(steps) != 2
+        or any(s not in range(num_inference_steps) for s in steps)
+        or steps[0] > steps[1]
+    ):
         held = steps if len(steps) != 1 else window
-        raise ValueError(f"windows holds {held}; each is two steps, first and last, from 0 to {num_inference_steps - 1}")
+        raise ValueError(
+            f"windows holds {held}; each is two steps, first and last, from 0 to {num_inference_steps - 1}"
+        )
     return int(steps[0]), int(steps[1])
 
 
@@ -78,18 +90,34 @@ def _edit(pipe, prompts, seeds, hookpoint, signal, branch, edit, sampling) -> np
             return None
         return torch.cat([r if e is None else e.to(r) for r, e in zip(rows, edited)])
 
-    with listen(denoiser_of(pipe), pipe.scheduler, hookpoint, on_call, n_images=len(prompts), signal=signal):
+    with listen(
+        denoiser_of(pipe), pipe.scheduler, hookpoint, on_call, n_images=len(prompts), signal=signal
+    ):
         images = generate(pipe, prompts, seeds, **sampling)
     if not seen:
-        raise ValueError(f"hookpoint {hookpoint!r} was never called, so nothing was edited; valid are modules that the model calls as it samples")
+        raise ValueError(
+            f"hookpoint {hookpoint!r} was never called, so nothing was edited; valid are modules that the model calls as it samples"
+        )
     if not seen & set(wanted):
-        raise ValueError(f"branch {branch!r} is not run by this pipeline with these settings, so nothing was edited; valid is {' or '.join(sorted(seen))}")
+        raise ValueError(
+            f"branch {branch!r} is not run by this pipeline with these settings, so nothing was edited; valid is {' or '.join(sorted(seen))}"
+        )
     return images
 
 
 def steer(
-    pipe, prompts, seeds, hookpoint: str, delta: torch.Tensor, *, window=None, mask=None, branch: str = "conditional", signal: str = "output", **sampling
-) -> np.ndarray:  # fmt: skip
+    pipe,
+    prompts,
+    seeds,
+    hookpoint: str,
+    delta: torch.Tensor,
+    *,
+    window=None,
+    mask=None,
+    branch: str = "conditional",
+    signal: str = "output",
+    **sampling,
+) -> np.ndarray:
     """Generate images while adding `delta` at the hookpoint.
 
     Parameters
@@ -122,14 +150,18 @@ def steer(
         d = d[None, None] if d.ndim == 1 else d
         if mask is not None:
             if mask.shape[-1] != rows.shape[1]:
-                raise ValueError(f"mask covers {mask.shape[-1]} tokens; {hookpoint!r} has {rows.shape[1]}")
+                raise ValueError(
+                    f"mask covers {mask.shape[-1]} tokens; {hookpoint!r} has {rows.shape[1]}"
+                )
             d = d * mask.reshape(-1, rows.shape[1], 1).to(d)
         return rows + d.to(rows)
 
     return _edit(pipe, prompts, seeds, hookpoint, signal, branch, add, sampling)
 
 
-def scaling(codes: torch.Tensor, u, predictors: Predictors, steps, num_inference_steps: int, factor: float) -> torch.Tensor:
+def scaling(
+    codes: torch.Tensor, u, predictors: Predictors, steps, num_inference_steps: int, factor: float
+) -> torch.Tensor:
     """What multiplies a feature that images already have: factor 0 removes it, 1 leaves it, 2 doubles it.
 
     Second of two passes with the same seeds; the first recorded the images and gave `codes`.
@@ -145,13 +177,25 @@ def scaling(codes: torch.Tensor, u, predictors: Predictors, steps, num_inference
     -------
     Float[Tensor, "step image token channel"], raw units, for `steer`.
     """
-    raw = _at_every_step(predictors.scale[:, None].to(u) * u, steps, num_inference_steps).to(codes.device)
+    raw = _at_every_step(predictors.scale[:, None].to(u) * u, steps, num_inference_steps).to(
+        codes.device
+    )
     return (factor - 1) * codes[None, :, :, None] * raw[:, None, None, :]
 
 
 def replace(
-    pipe, prompts, seeds, hookpoint: str, replacement: torch.Tensor, steps, *, between: bool = False, branch: str = "conditional", signal: str = "output", **sampling
-) -> np.ndarray:  # fmt: skip
+    pipe,
+    prompts,
+    seeds,
+    hookpoint: str,
+    replacement: torch.Tensor,
+    steps,
+    *,
+    between: bool = False,
+    branch: str = "conditional",
+    signal: str = "output",
+    **sampling,
+) -> np.ndarray:
     """Generate images with one branch's activations replaced by given ones.
 
     Parameters
@@ -162,7 +206,11 @@ def replace(
         Whether to replace at every denoising step, by linear interpolation between kept ones, or at the kept ones alone.
     """
     at_kept = dict(zip(steps, replacement.transpose(0, 1)))  # step -> (image, token, channel)
-    every = _at_every_step(replacement.transpose(0, 1), steps, sampling["num_inference_steps"]) if between else at_kept
+    every = (
+        _at_every_step(replacement.transpose(0, 1), steps, sampling["num_inference_steps"])
+        if between
+        else at_kept
+    )
 
     def put(rows, call):
         return every[call.step] if between or call.step in at_kept else None

@@ -26,15 +26,26 @@ def kept_steps(steps, num_inference_steps: int, n_keep: int) -> list[int]:
     Raises ValueError for a step outside 0..num_inference_steps-1, or fewer than two steps.
     """
     if num_inference_steps < 2:
-        raise ValueError(f"num_inference_steps is {num_inference_steps}; a trajectory needs at least two steps")
+        raise ValueError(
+            f"num_inference_steps is {num_inference_steps}; a trajectory needs at least two steps"
+        )
     if not len(steps) and n_keep not in range(2, num_inference_steps + 1):
-        raise ValueError(f"n_keep is {n_keep}; with num_inference_steps={num_inference_steps} it must lie in 2 to {num_inference_steps}")
-    chosen = sorted(set(steps)) or np.linspace(0, num_inference_steps - 1, n_keep).round().astype(int).tolist()
+        raise ValueError(
+            f"n_keep is {n_keep}; with num_inference_steps={num_inference_steps} it must lie in 2 to {num_inference_steps}"
+        )
+    chosen = (
+        sorted(set(steps))
+        or np.linspace(0, num_inference_steps - 1, n_keep).round().astype(int).tolist()
+    )
     for step in chosen:
         if step not in range(num_inference_steps):
-            raise ValueError(f"steps: step {step} does not exist; with num_inference_steps={num_inference_steps} valid steps are 0 to {num_inference_steps - 1}")  # fmt: skip
+            raise ValueError(
+                f"steps: step {step} does not exist; with num_inference_steps={num_inference_steps} valid steps are 0 to {num_inference_steps - 1}"
+            )
     if len(chosen) < 2:
-        raise ValueError(f"steps {chosen}: a trajectory needs at least two different steps; valid are 0 to {num_inference_steps - 1}")  # fmt: skip
+        raise ValueError(
+            f"steps {chosen}: a trajectory needs at least two different steps; valid are 0 to {num_inference_steps - 1}"
+        )
     return chosen
 
 
@@ -58,24 +69,40 @@ def generate(pipe, prompts, seeds, **sampling) -> np.ndarray:
     Raises ValueError as well for a scheduler that draws noise from elsewhere than the seeds.
     """
     taken = inspect.signature(pipe.__call__).parameters
-    options = {name: value for name, value in sampling.items() if name not in ("height", "width") or value}
+    options = {
+        name: value for name, value in sampling.items() if name not in ("height", "width") or value
+    }
     if "guidance_scale" not in taken:  # an unconditional pipeline has nothing to guide
         options.pop("guidance_scale", None)
     for name in options:
         if name not in taken:
-            raise ValueError(f"sampling: {type(pipe).__name__} does not take {name}; valid are {', '.join(n for n in taken if n not in ('self', 'args', 'kwargs'))}")
+            raise ValueError(
+                f"sampling: {type(pipe).__name__} does not take {name}; valid are {', '.join(n for n in taken if n not in ('self', 'args', 'kwargs'))}"
+            )
     if {"height", "width"} <= set(taken):
         _check_size(pipe, sampling.get("height") or 0, sampling.get("width") or 0)
     n = len(prompts)
     # each image needs its own copy: of a single one, diffusers would take what the first seed makes of it for all
-    for name in ("negative_prompt", "control_image", *(("image", "mask_image") if "strength" in taken else ())):
+    for name in (
+        "negative_prompt",
+        "control_image",
+        *(("image", "mask_image") if "strength" in taken else ()),
+    ):
         given = options.get(name)
-        if isinstance(given, str if name == "negative_prompt" else Image.Image) or (isinstance(given, (np.ndarray, torch.Tensor)) and given.ndim < 4):
+        if isinstance(given, str if name == "negative_prompt" else Image.Image) or (
+            isinstance(given, (np.ndarray, torch.Tensor)) and given.ndim < 4
+        ):
             options[name] = [given] * n
     if "prompt" in taken:
         options["prompt"] = list(prompts)
-    elif "class_labels" in taken and getattr(pipe.components.get("unet"), "config", {}).get("num_class_embeds", 0) is not None:
-        options["class_labels"] = [int(p) if str(p).isdigit() else _class_of(pipe, p) for p in prompts]
+    elif (
+        "class_labels" in taken
+        and getattr(pipe.components.get("unet"), "config", {}).get("num_class_embeds", 0)
+        is not None
+    ):
+        options["class_labels"] = [
+            int(p) if str(p).isdigit() else _class_of(pipe, p) for p in prompts
+        ]
     if "batch_size" in taken:
         options["batch_size"] = n
     generators = [torch.Generator().manual_seed(int(s)) for s in seeds]
@@ -87,9 +114,13 @@ def generate(pipe, prompts, seeds, **sampling) -> np.ndarray:
     except TypeError as error:
         if "BFloat16" not in str(error):
             raise
-        raise ValueError(f"dtype 'bfloat16': {type(pipe).__name__} cannot hand out images in it; valid are 'float32' and 'float16'") from error
+        raise ValueError(
+            f"dtype 'bfloat16': {type(pipe).__name__} cannot hand out images in it; valid are 'float32' and 'float16'"
+        ) from error
     if not hasattr(made, "images"):
-        raise ValueError(f"model {type(pipe).__name__} makes no images but {', '.join(made)}; valid is a pipeline of images")
+        raise ValueError(
+            f"model {type(pipe).__name__} makes no images but {', '.join(made)}; valid is a pipeline of images"
+        )
     moved = [not torch.equal(a, b) for a, b in zip(before, _global_random_state())]
     drawn = f"model: {type(pipe).__name__}, most likely its {type(pipe.scheduler).__name__}, draws from torch's global generator, so images do not follow their seeds; valid is a scheduler that draws from the generators it is given"
     if moved[0]:
@@ -102,22 +133,37 @@ def generate(pipe, prompts, seeds, **sampling) -> np.ndarray:
 def _check_size(pipe, height, width) -> None:
     """ValueError unless height and width are both 0, or both whole numbers of pixels that the pipeline can draw."""
     if bool(height) != bool(width):
-        alone = f"height is 0 while width is {width}" if width else f"width is 0 while height is {height}"
+        alone = (
+            f"height is 0 while width is {width}"
+            if width
+            else f"width is 0 while height is {height}"
+        )
         raise ValueError(f"{alone}; give both in pixels, or 0 for both")
-    factor = getattr(getattr(getattr(pipe, "image_processor", None), "config", None), "vae_scale_factor", 1)
+    factor = getattr(
+        getattr(getattr(pipe, "image_processor", None), "config", None), "vae_scale_factor", 1
+    )
     for name, value in (("height", height), ("width", width)):
-        if not isinstance(value, numbers.Integral) or value < 0 or value % factor:  # some pipelines round down instead
-            raise ValueError(f"{name} is {value}; valid are positive multiples of {factor} pixels, or 0 for the model's own size")
+        if (
+            not isinstance(value, numbers.Integral) or value < 0 or value % factor
+        ):  # some pipelines round down instead
+            raise ValueError(
+                f"{name} is {value}; valid are positive multiples of {factor} pixels, or 0 for the model's own size"
+            )
 
 
 def _class_of(pipe, name: str) -> int:
     if not hasattr(pipe, "get_label_ids"):
-        raise ValueError(f"class {name!r}: {type(pipe).__name__} knows no names of classes; valid are whole numbers")
+        raise ValueError(
+            f"class {name!r}: {type(pipe).__name__} knows no names of classes; valid are whole numbers"
+        )
     return pipe.get_label_ids([name])[0]
 
 
 def _global_random_state() -> list[torch.Tensor]:
-    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else ())]
+    return [
+        torch.get_rng_state(),
+        *(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else ()),
+    ]
 
 
 class Tap(NamedTuple):
@@ -142,15 +188,34 @@ class Recorder:
         Which tokens of each image to keep; None for all.
     """
 
-    def __init__(self, denoiser, scheduler, hookpoint, steps, *, n_images=None, signal="output", branch="conditional", tokens=None):
+    def __init__(
+        self,
+        denoiser,
+        scheduler,
+        hookpoint,
+        steps,
+        *,
+        n_images=None,
+        signal="output",
+        branch="conditional",
+        tokens=None,
+    ):
         if branch not in BRANCHES:
             raise ValueError(f"branch {branch!r} is not one of {', '.join(BRANCHES)}")
-        self.scheduler, self.hookpoint, self.steps, self.branch, self.tokens = scheduler, hookpoint, list(steps), branch, tokens
+        self.scheduler, self.hookpoint, self.steps, self.branch, self.tokens = (
+            scheduler,
+            hookpoint,
+            list(steps),
+            branch,
+            tokens,
+        )
         self.kept: dict[int, torch.Tensor] = {}
         self.grid: tuple[int, int] | None = None
         self.seen: set[str] = set()
         self.devices: set[torch.device] = set()
-        self._listening = listen(denoiser, scheduler, hookpoint, self._keep, n_images=n_images, signal=signal)
+        self._listening = listen(
+            denoiser, scheduler, hookpoint, self._keep, n_images=n_images, signal=signal
+        )
 
     def __enter__(self):
         self._listening.__enter__()
@@ -166,7 +231,9 @@ class Recorder:
             return
         self.grid = call.grid
         if self.tokens is not None:
-            rows = rows.gather(1, self.tokens.to(rows.device)[..., None].expand(-1, -1, rows.shape[-1]))
+            rows = rows.gather(
+                1, self.tokens.to(rows.device)[..., None].expand(-1, -1, rows.shape[-1])
+            )
         # a second look at the step takes the place of the first: it sees the latents that the solver accepted
         self.kept[call.step] = _to_host(rows)
         self.devices.add(rows.device)
@@ -177,23 +244,34 @@ class Recorder:
         Raises ValueError, naming them, if kept steps, the branch or the hookpoint were never run.
         """
         if not self.seen:
-            raise ValueError(f"hookpoint {self.hookpoint!r} was never called, so no steps were kept; valid are modules that the model calls as it samples")
+            raise ValueError(
+                f"hookpoint {self.hookpoint!r} was never called, so no steps were kept; valid are modules that the model calls as it samples"
+            )
         if self.branch not in self.seen:
-            raise ValueError(f"branch {self.branch!r} is not run by this pipeline with these settings; valid is {' or '.join(sorted(self.seen))}")
+            raise ValueError(
+                f"branch {self.branch!r} is not run by this pipeline with these settings; valid is {' or '.join(sorted(self.seen))}"
+            )
         n = len(steps_of(self.scheduler))
         missing = [s for s in self.steps if s not in self.kept]
         if missing:
-            raise ValueError(f"steps {missing} were never run; the scheduler has steps 0 to {n - 1}")
+            raise ValueError(
+                f"steps {missing} were never run; the scheduler has steps 0 to {n - 1}"
+            )
         for device in self.devices:
             if device.type == "cuda":
-                torch.cuda.synchronize(device)  # the copies to the host run beside the computation until here
+                torch.cuda.synchronize(
+                    device
+                )  # the copies to the host run beside the computation until here
         return torch.stack([self.kept[s] for s in self.steps], dim=1)
 
 
 def _to_host(t: torch.Tensor) -> torch.Tensor:
     """A copy on the CPU; from CUDA through pinned memory, on a stream of its own, so that neither waits for the other."""
     if t.device.type == "cuda":
-        t, stream = t.detach().clone(memory_format=torch.contiguous_format), _copying(t.device)  # the next module may write over t
+        t, stream = (
+            t.detach().clone(memory_format=torch.contiguous_format),
+            _copying(t.device),
+        )  # the next module may write over t
         stream.wait_stream(torch.cuda.current_stream(t.device))
         t.record_stream(stream)  # its memory is not used again before it is copied
         with torch.cuda.stream(stream):
@@ -223,7 +301,9 @@ def times_of(scheduler, steps) -> dict:
     return times
 
 
-def record(pipe, prompts, seeds, *, hookpoint, steps, signal="output", branch="conditional", **sampling) -> tuple[np.ndarray, torch.Tensor, dict]:  # fmt: skip
+def record(
+    pipe, prompts, seeds, *, hookpoint, steps, signal="output", branch="conditional", **sampling
+) -> tuple[np.ndarray, torch.Tensor, dict]:
     """Generate one batch and keep one tap's activations at the kept steps.
 
     Returns
@@ -234,7 +314,9 @@ def record(pipe, prompts, seeds, *, hookpoint, steps, signal="output", branch="c
     where : dict
         `grid` (token rows, columns), `timesteps` and `sigmas` of the kept steps.
     """
-    images, (h,), (where,) = record_all(pipe, prompts, seeds, [Tap(hookpoint, signal, branch)], steps, **sampling)
+    images, (h,), (where,) = record_all(
+        pipe, prompts, seeds, [Tap(hookpoint, signal, branch)], steps, **sampling
+    )
     return images, h, where
 
 
@@ -249,12 +331,27 @@ def record_all(pipe, prompts, seeds, taps, steps, tokens=None, **sampling):
     """
     with ExitStack() as stack:
         recorders = [
-            stack.enter_context(Recorder(denoiser_of(pipe), pipe.scheduler, t.hookpoint, steps, n_images=len(prompts), signal=t.signal, branch=t.branch, tokens=kept))
+            stack.enter_context(
+                Recorder(
+                    denoiser_of(pipe),
+                    pipe.scheduler,
+                    t.hookpoint,
+                    steps,
+                    n_images=len(prompts),
+                    signal=t.signal,
+                    branch=t.branch,
+                    tokens=kept,
+                )
+            )
             for t, kept in zip(taps, tokens or [None] * len(taps))
-        ]  # fmt: skip
+        ]
         images = generate(pipe, prompts, seeds, **sampling)
     where = times_of(pipe.scheduler, steps)
-    return images, [r.trajectories() for r in recorders], [where | {"grid": list(r.grid)} for r in recorders]
+    return (
+        images,
+        [r.trajectories() for r in recorders],
+        [where | {"grid": list(r.grid)} for r in recorders],
+    )
 
 
 class _Enough(Exception):
@@ -271,8 +368,12 @@ def shapes(pipe, taps, prompt: str, **sampling) -> dict[Tap, tuple[int, int, int
     with ExitStack() as stack:
         for tap in taps:
             name, signal = (tap.hookpoint, tap.signal) if isinstance(tap, Tap) else (tap, "output")
-            note = functools.partial(lambda tap, t, c: seen.setdefault(tap, (*c.grid, t.shape[-1])) and None, tap)
-            stack.enter_context(listen(denoiser, pipe.scheduler, name, note, signal=signal, skip_unfit=True))
+            note = functools.partial(
+                lambda tap, t, c: seen.setdefault(tap, (*c.grid, t.shape[-1])) and None, tap
+            )
+            stack.enter_context(
+                listen(denoiser, pipe.scheduler, name, note, signal=signal, skip_unfit=True)
+            )
 
         def leave(*_):
             raise _Enough

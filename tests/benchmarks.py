@@ -118,17 +118,33 @@ def medians(times: dict) -> dict[str, float]:
 def high_water() -> int:
     """The most memory this process has held, in bytes."""
     try:  # a child's ru_maxrss begins with its parent's on Linux, this does not
-        return 1024 * int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
+        return 1024 * int(
+            next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]
+        )
     except OSError:
         import resource
 
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+            1 if sys.platform == "darwin" else 1024
+        )
 
 
 def peak_of(side: str, size: dict, threads: int) -> int:
     """Peak memory of one of `SIDES`, less that of its imports, in a process of its own."""
-    command = [sys.executable, __file__, "--side", side, json.dumps(size), "--threads", str(threads)]
-    return int(subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout.split()[-1])
+    command = [
+        sys.executable,
+        __file__,
+        "--side",
+        side,
+        json.dumps(size),
+        "--threads",
+        str(threads),
+    ]
+    return int(
+        subprocess.run(
+            command, check=True, capture_output=True, text=True, cwd=ROOT
+        ).stdout.split()[-1]
+    )
 
 
 # --- recording -------------------------------------------------------------------------------------
@@ -138,7 +154,10 @@ def recording_sides(size: dict) -> dict:
     from helpers import runs, trajectories
 
     pipe, n = runs.load_pipeline("demo", "cpu"), size["images"]
-    prompts = [f"a large {'red' if i % 2 else 'blue'} solid circle at the left on a white background" for i in range(n)]
+    prompts = [
+        f"a large {'red' if i % 2 else 'blue'} solid circle at the left on a white background"
+        for i in range(n)
+    ]
     sampling = {"num_inference_steps": size["num_inference_steps"], "guidance_scale": 3.0}
     tap = {"hookpoint": "up_blocks.1.attentions.1", "steps": size["steps"]}
     return {
@@ -151,7 +170,12 @@ def recording(size: dict, memory) -> list[Line]:
     sides = recording_sides(size)
     same = np.array_equal(sides["recorded"](), sides["plain"]())
     times = take_turns(sides, size["rounds"])
-    line = Line("time with recording / plain pipeline", ratios(times, "recorded", "plain"), "≤ 1.02", medians(times))
+    line = Line(
+        "time with recording / plain pipeline",
+        ratios(times, "recorded", "plain"),
+        "≤ 1.02",
+        medians(times),
+    )
     line.memory = {name: memory(f"recording {name}") for name in sides}
     line.note = (
         f"demo model, {size['images']} images, {size['num_inference_steps']} steps, {len(size['steps'])} kept, all tokens; "
@@ -189,7 +213,11 @@ def by_sklearn(shards, held=None, strengths=(1e-3,)) -> np.ndarray:
     from sklearn.linear_model import Ridge
 
     h = torch.cat([s.permute(1, 0, 2, 3).flatten(1, 2) for s in shards], dim=1)
-    held = None if held is None else torch.cat([s.permute(1, 0, 2, 3).flatten(1, 2) for s in held], dim=1)
+    held = (
+        None
+        if held is None
+        else torch.cat([s.permute(1, 0, 2, 3).flatten(1, 2) for s in held], dim=1)
+    )
 
     def standardised(s):
         x = h[s].double().numpy()
@@ -203,8 +231,15 @@ def by_sklearn(shards, held=None, strengths=(1e-3,)) -> np.ndarray:
     for s in range(1, len(h)):
         y, y_held = standardised(s)
         mean_eigenvalue = np.einsum("nd,nd->", x, x) / x.shape[1]
-        fits = [Ridge(alpha=strength * mean_eigenvalue, fit_intercept=False).fit(x, y) for strength in strengths]
-        best = 0 if held is None else np.argmin([np.square(y_held - fit.predict(x_held)).sum() for fit in fits])
+        fits = [
+            Ridge(alpha=strength * mean_eigenvalue, fit_intercept=False).fit(x, y)
+            for strength in strengths
+        ]
+        best = (
+            0
+            if held is None
+            else np.argmin([np.square(y_held - fit.predict(x_held)).sum() for fit in fits])
+        )
         A.append(fits[best].coef_.T)
         x, x_held = y, y_held
     return np.stack(A)
@@ -214,7 +249,10 @@ def ridge(size: dict, memory) -> list[Line]:
     n, d, S = size["n"], size["d"], size["n_steps"]
     shards = list(activations(n, d, S))
     apart = float(np.abs(by_moments(shards) - by_sklearn(shards)).max())
-    times = take_turns({"ours": lambda: by_moments(shards), "scikit-learn": lambda: by_sklearn(shards)}, size["rounds"])
+    times = take_turns(
+        {"ours": lambda: by_moments(shards), "scikit-learn": lambda: by_sklearn(shards)},
+        size["rounds"],
+    )
     pairs = ratios(times, "scikit-learn", "ours")
     line = Line("speed of ridge, one strength / scikit-learn's Ridge", pairs, "≥ 5", medians(times))
     line.memory = {
@@ -282,7 +320,9 @@ class Peer:
     def __init__(self, size: dict, threads: int):
         self.said = tempfile.TemporaryFile("w+")
         command = [str(PEER), __file__, "--peer", json.dumps(size), "--threads", str(threads)]
-        environment = os.environ | {"SPARSIFY_DISABLE_TRITON": "1"}  # its Triton kernels are for GPUs
+        environment = os.environ | {
+            "SPARSIFY_DISABLE_TRITON": "1"
+        }  # its Triton kernels are for GPUs
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.said}
         self.process = subprocess.Popen(command, **pipes, text=True, env=environment)
 
@@ -350,7 +390,9 @@ def train_peer(size: dict) -> None:
             return {"input_ids": torch.zeros(size["batch"], dtype=torch.long)}
 
     coder = SparseCoderConfig(num_latents=size["m"], k=size["k"])
-    config = TrainConfig(sae=coder, batch_size=1, hookpoints=["layer"], save_every=10**9, log_to_wandb=False)
+    config = TrainConfig(
+        sae=coder, batch_size=1, hookpoints=["layer"], save_every=10**9, log_to_wandb=False
+    )
     trainer = Trainer(config, Dataset(), Model())
     try:
         trainer.fit()
@@ -390,7 +432,13 @@ def train_ours(size: dict, peer: Peer | None, times: dict):
         yield next(cycled)
 
     return sae.train(
-        stream(), d, m, k, n_steps=(rounds + 1) * updates + 1, learning_rate=size["learning_rate"], log_every=10**9
+        stream(),
+        d,
+        m,
+        k,
+        n_steps=(rounds + 1) * updates + 1,
+        learning_rate=size["learning_rate"],
+        log_every=10**9,
     )
 
 
@@ -406,7 +454,11 @@ def sae_lines(size: dict, memory, threads: int, side: str) -> list[Line]:
     active, alive = (z > 0).sum().item() / len(y), history.alive[-1]
     rate = float(size["updates"] * size["batch"] / np.median(times["ours"]))
     shape = f"d = {size['d']}, m = {size['m']}, k = {size['k']}, batch {size['batch']}, float32"
-    share = Line("examples/s of SAE training / of the encoder's product alone", ratios(times, "product", "ours"), "≥ 0.45")
+    share = Line(
+        "examples/s of SAE training / of the encoder's product alone",
+        ratios(times, "product", "ours"),
+        "≥ 0.45",
+    )
     share.seconds, share.memory = medians(times), {"ours": memory(f"{side} ours")}
     share.note = f"{shape}: {rate:.0f} examples/s, {100 * alive:.0f} % of latents alive"
     share.also = {"examples_per_second": rate, "alive": alive}
@@ -422,7 +474,12 @@ def sae_lines(size: dict, memory, threads: int, side: str) -> list[Line]:
         f"{shape}; held-out FVU after {(size['rounds'] + 1) * size['updates']} updates: "
         f"ours {fvu:.3f} with {active:.1f} latents an input, sparsify ({other['optimiser']}, its default) {other['fvu']:.3f} with {size['k']}"
     )
-    against.also = {"fvu": fvu, "active": active, "sparsify_fvu": other["fvu"], "sparsify_optimiser": other["optimiser"]}
+    against.also = {
+        "fvu": fvu,
+        "active": active,
+        "sparsify_fvu": other["fvu"],
+        "sparsify_optimiser": other["optimiser"],
+    }
     return [share, against]
 
 
@@ -433,18 +490,32 @@ def make_store(folder: Path, size: dict) -> None:
     """A made-up collection, of training images alone, as `stores.collect` would leave it."""
     from helpers.files import digest, save_json, save_tensors
 
-    n, S, side, channels, per_shard = (size[name] for name in ("images", "n_steps", "grid", "channels", "per_shard"))
-    h = torch.randn(per_shard, S, side * side, channels, generator=torch.Generator().manual_seed(0)).half()
+    n, S, side, channels, per_shard = (
+        size[name] for name in ("images", "n_steps", "grid", "channels", "per_shard")
+    )
+    h = torch.randn(
+        per_shard, S, side * side, channels, generator=torch.Generator().manual_seed(0)
+    ).half()
     images, shards = [list(range(i, min(i + per_shard, n))) for i in range(0, n, per_shard)], {}
     for i, members in enumerate(images):
         path = folder / f"shard-{i:05d}.safetensors"
         save_tensors(path, {"h": h[: len(members)] + i})
         shards[path.name] = digest(path)
     manifest = {
-        "prompts": [""] * n, "seeds": list(range(n)), "split": ["train"] * n, "sampling": {}, "grid": [side, side],
-        "steps": list(range(S)), "timesteps": [float(S - s) for s in range(S)], "channels": channels, "dtype": "float16",
-        "tokens_per_image": 0, "train_images": False, "shards": shards, "images_of_shard": images,
-    }  # fmt: skip
+        "prompts": [""] * n,
+        "seeds": list(range(n)),
+        "split": ["train"] * n,
+        "sampling": {},
+        "grid": [side, side],
+        "steps": list(range(S)),
+        "timesteps": [float(S - s) for s in range(S)],
+        "channels": channels,
+        "dtype": "float16",
+        "tokens_per_image": 0,
+        "train_images": False,
+        "shards": shards,
+        "images_of_shard": images,
+    }
     save_json(folder / "manifest.json", manifest)
 
 
@@ -485,22 +556,36 @@ def store(size: dict, memory) -> list[Line]:
         n_bytes = sum(p.stat().st_size for p in folder.glob("*.safetensors"))
         for _ in range(size["rounds"] + 1):
             reading = epochs(folder, size)
-            for side, work in (("plain", lambda: read_plainly(folder)), ("first", reading.__next__), ("later", reading.__next__)):
+            for side, work in (
+                ("plain", lambda: read_plainly(folder)),
+                ("first", reading.__next__),
+                ("later", reading.__next__),
+            ):
                 from_disk(folder)
                 times[side].append(seconds_of(work))
             reading.close()  # waits for what is read ahead
-        peaks = {"batches": memory("store batches", folder=name), "plain": memory("store plain", folder=name)}
+        peaks = {
+            "batches": memory("store batches", folder=name),
+            "plain": memory("store plain", folder=name),
+        }
     times = {name: t[1:] for name, t in times.items()}
     rate = {name: n_bytes / t / 1e9 for name, t in medians(times).items()}
     lines = []
-    for name, said in (("first", "first pass, every shard's SHA-256 checked"), ("later", "later passes")):
+    for name, said in (
+        ("first", "first pass, every shard's SHA-256 checked"),
+        ("later", "later passes"),
+    ):
         what = f"bytes/s of shuffled batches from the store / of reading its files: {said}"
         line = Line(what, ratios(times, "plain", name), "", medians(times), peaks)
         line.note = (
             f"{n_bytes / 1e9:.1f} GB of float16, put out of the page cache before each pass, buffers of {size['buffer'] / 1e6:.0f} MB: "
             f"{rate[name]:.2f} against {rate['plain']:.2f} GB/s"
         )
-        line.also = {"bytes": n_bytes, "gigabytes_per_second": rate[name], "plain_gigabytes_per_second": rate["plain"]}
+        line.also = {
+            "bytes": n_bytes,
+            "gigabytes_per_second": rate[name],
+            "plain_gigabytes_per_second": rate["plain"],
+        }
         lines.append(line)
     return lines
 
@@ -511,7 +596,14 @@ def store(size: dict, memory) -> list[Line]:
 def ours_alone(size: dict) -> None:
     from helpers import sae
 
-    sae.train(itertools.cycle(batches_of(size)), size["d"], size["m"], size["k"], n_steps=size["updates"], log_every=10**9)
+    sae.train(
+        itertools.cycle(batches_of(size)),
+        size["d"],
+        size["m"],
+        size["k"],
+        n_steps=size["updates"],
+        log_every=10**9,
+    )
 
 
 def ridge_alone(size: dict, fit) -> None:
@@ -557,7 +649,11 @@ def measure_alone(side: str, size: dict) -> None:
 
 def processor() -> str:
     try:
-        return next(line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name"))
+        return next(
+            line.split(":")[1].strip()
+            for line in open("/proc/cpuinfo")
+            if line.startswith("model name")
+        )
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
 
@@ -589,7 +685,9 @@ def measure(name: str, size: dict, threads: int) -> list[Line]:
 
     if name in ("sae", "wide_sae"):
         return sae_lines(size, memory, threads, name)
-    return {"recording": recording, "ridge": ridge, "strengths": strengths, "store": store}[name](size, memory)
+    return {"recording": recording, "ridge": ridge, "strengths": strengths, "store": store}[name](
+        size, memory
+    )
 
 
 def limit_threads(threads: int) -> None:
@@ -604,10 +702,23 @@ def limit_threads(threads: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description="What this project costs, as ratios.")
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.benchmarks", description="What this project costs, as ratios."
+    )
     parser.add_argument("--readme", action="store_true", help="write the table into README.md")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs; the figures mean nothing")
-    parser.add_argument("--only", nargs="+", choices=LINES, default=LINES, metavar="LINE", help=f"some of {', '.join(LINES)}")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="tiny sizes, to see that it runs; the figures mean nothing",
+    )
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=LINES,
+        default=LINES,
+        metavar="LINE",
+        help=f"some of {', '.join(LINES)}",
+    )
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--side", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--peer", help=argparse.SUPPRESS)
@@ -625,14 +736,19 @@ def main() -> None:
     lines, start = [], time.perf_counter()
     for name in arguments.only:
         begun = time.perf_counter()
-        lines += measure(name, SIZES[name] | (QUICK[name] if arguments.quick else {}), arguments.threads)
+        lines += measure(
+            name, SIZES[name] | (QUICK[name] if arguments.quick else {}), arguments.threads
+        )
         print(f"{name}: {time.perf_counter() - begun:.0f} s", file=sys.stderr, flush=True)
     text = table(lines, arguments.threads)
     print(text)
     print(f"finished in {time.perf_counter() - start:.0f} s", file=sys.stderr)
     if whole:
         about = {"processor": processor(), "threads": arguments.threads, "torch": TORCH}
-        rows = [asdict(line) | {"ratio": line.ratio if line.pairs else None, "met": line.met} for line in lines]
+        rows = [
+            asdict(line) | {"ratio": line.ratio if line.pairs else None, "met": line.met}
+            for line in lines
+        ]
         save_json(ROOT / "figures" / "bench" / "bench.json", about | {"lines": rows})
     if arguments.readme:
         put_into(ROOT / "README.md", text)

@@ -22,7 +22,10 @@ def run(pipe, tmp_path_factory):
     folder = Path(p["run"])
     jobs.collect(p, pipe)
     fit(p)
-    jobs.train(p)[0].save(folder / "sae.safetensors", {"predictors": runs.fingerprint(folder / "predictors.safetensors")})
+    jobs.train(p)[0].save(
+        folder / "sae.safetensors",
+        {"predictors": runs.fingerprint(folder / "predictors.safetensors")},
+    )
     return folder
 
 
@@ -31,7 +34,11 @@ def parts(run):
     """The run's predictors, SAE and validation activations, (image, token, step, channel)."""
     store = stores.Store(run / "trajectories")
     h = torch.cat(list(store.shards("validation"))).transpose(1, 2)
-    return Predictors.load(run / "predictors.safetensors")[0], sae.SAE.load(run / "sae.safetensors")[0], h
+    return (
+        Predictors.load(run / "predictors.safetensors")[0],
+        sae.SAE.load(run / "sae.safetensors")[0],
+        h,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +57,9 @@ def test_a_bundle_knows_where_it_listens_and_nothing_of_the_images(run, bundle):
     manifest = load_json(run / "trajectories" / "manifest.json")
     assert bundle.manifest == {name: manifest[name] for name in TOLD}
     assert (
-        bundle.manifest["hookpoint"] == TOKENS and bundle.manifest["steps"] == [0, 1, 2] and bundle.manifest["grid"] == [4, 4]
+        bundle.manifest["hookpoint"] == TOKENS
+        and bundle.manifest["steps"] == [0, 1, 2]
+        and bundle.manifest["grid"] == [4, 4]
     )
 
 
@@ -59,11 +68,18 @@ def test_encode_decode_and_trajectories_are_those_of_the_parts(bundle, parts):
     codes = bundle.encode(h)
     y = predictors.residualize(predictors.standardise(h))
     with torch.no_grad():
-        assert torch.equal(codes, model.encode(y.flatten(0, 1)).view(*h.shape[:2], 64)) and (codes > 0).any()
+        assert (
+            torch.equal(codes, model.encode(y.flatten(0, 1)).view(*h.shape[:2], 64))
+            and (codes > 0).any()
+        )
         expected = predictors.unstandardise(predictors.restore(model.decode(codes.flatten(0, 1))))
         torch.testing.assert_close(bundle.decode(codes), expected.view_as(h))
-        assert torch.equal(bundle.feature_trajectories(), predictors.feature_trajectories(model.W_dec))
-    assert not any(v.requires_grad for v in (codes, bundle.decode(codes), bundle.feature_trajectories()))
+        assert torch.equal(
+            bundle.feature_trajectories(), predictors.feature_trajectories(model.W_dec)
+        )
+    assert not any(
+        v.requires_grad for v in (codes, bundle.decode(codes), bundle.feature_trajectories())
+    )
     assert (bundle.decode(codes) - h).norm() < (h - predictors.mu).norm()
 
 
@@ -78,12 +94,20 @@ def test_any_shape_and_precision_is_encoded(bundle, parts, dtype):
 
 
 def test_a_saved_bundle_comes_back_bit_for_bit(bundle, saved, parts):
-    assert {p.suffix for p in saved.iterdir()} == {".safetensors", ".json", ".md"} and len(list(saved.iterdir())) == 3
+    assert {p.suffix for p in saved.iterdir()} == {".safetensors", ".json", ".md"} and len(
+        list(saved.iterdir())
+    ) == 3
     loaded = Bundle.from_pretrained(str(saved))
-    assert loaded.manifest == bundle.manifest and not loaded.training and (loaded.sae.n_latents, loaded.sae.k) == (64, 4)
+    assert (
+        loaded.manifest == bundle.manifest
+        and not loaded.training
+        and (loaded.sae.n_latents, loaded.sae.k) == (64, 4)
+    )
     for name, value in bundle.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value), name
-    assert loaded.sae.W_enc.T.is_contiguous() and torch.equal(loaded.encode(parts[2]), bundle.encode(parts[2]))
+    assert loaded.sae.W_enc.T.is_contiguous() and torch.equal(
+        loaded.encode(parts[2]), bundle.encode(parts[2])
+    )
     for name, value in vars(parts[0]).items():
         assert torch.equal(getattr(loaded.predictors, name), value)
 
@@ -114,11 +138,15 @@ def test_a_bundle_is_uploaded_as_it_is_saved(bundle, saved, monkeypatch):
 # --- what can be wrong --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("missing", ["trajectories/manifest.json", "predictors.safetensors", "sae.safetensors"])
+@pytest.mark.parametrize(
+    "missing", ["trajectories/manifest.json", "predictors.safetensors", "sae.safetensors"]
+)
 def test_a_piece_that_is_missing_is_named(run, tmp_path, missing):
     shutil.copytree(run, tmp_path / "run")
     (tmp_path / "run" / missing).unlink()
-    with pytest.raises(FileNotFoundError, match=f"{missing} does not exist; run the notebook[^\n]*$"):
+    with pytest.raises(
+        FileNotFoundError, match=f"{missing} does not exist; run the notebook[^\n]*$"
+    ):
         Bundle.from_run(str(tmp_path / "run"))
 
 
@@ -127,7 +155,9 @@ def test_pieces_that_do_not_belong_together_are_refused(run, tmp_path):
     path = tmp_path / "run" / "predictors.safetensors"
     fitted, record = Predictors.load(path)
     fitted.save(path, record | {"ridge": 1})
-    with pytest.raises(ValueError, match="predictors.safetensors has changed.*run 03_train_residual_sae again$"):
+    with pytest.raises(
+        ValueError, match="predictors.safetensors has changed.*run 03_train_residual_sae again$"
+    ):
         Bundle.from_run(str(tmp_path / "run"))
     manifest = tmp_path / "run" / "trajectories" / "manifest.json"
     save_json(manifest, load_json(manifest) | {"seeds": []})
@@ -135,7 +165,14 @@ def test_pieces_that_do_not_belong_together_are_refused(run, tmp_path):
         Bundle.from_run(str(tmp_path / "run"))
 
 
-@pytest.mark.parametrize("name, said", [("nobody/nothing", "cannot find the requested files"), ("/absent/folder", "^/absent/folder is not a folder; "), ("./absent", "^./absent is not")])
+@pytest.mark.parametrize(
+    "name, said",
+    [
+        ("nobody/nothing", "cannot find the requested files"),
+        ("/absent/folder", "^/absent/folder is not a folder; "),
+        ("./absent", "^./absent is not"),
+    ],
+)
 def test_a_name_that_cannot_be_found_is_an_error(monkeypatch, name, said):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(OSError, match=said):
@@ -151,14 +188,34 @@ def change(**values):
     [
         ("model.safetensors", Path.unlink, "does not exist"),
         ("model.safetensors", lambda path: path.write_bytes(path.read_bytes()[:-9]), "is damaged"),
-        ("model.safetensors", lambda path: path.write_bytes(path.read_bytes()[:-1] + b"x"), "is damaged"),
-        ("model.safetensors", lambda path: save_tensors(path, {"mu": torch.zeros(3, 32)}), "does not fit the config.json"),
+        (
+            "model.safetensors",
+            lambda path: path.write_bytes(path.read_bytes()[:-1] + b"x"),
+            "is damaged",
+        ),
+        (
+            "model.safetensors",
+            lambda path: save_tensors(path, {"mu": torch.zeros(3, 32)}),
+            "does not fit the config.json",
+        ),
         ("config.json", Path.unlink, "does not exist"),
         ("config.json", lambda path: path.write_text("n_latents: 64"), "is damaged"),
-        ("config.json", lambda path: path.write_text("{}"), "is not a bundle's .it has no 'manifest'"),
-        ("config.json", lambda path: path.write_text("[]"), "is not a bundle's .it has no 'manifest'"),
+        (
+            "config.json",
+            lambda path: path.write_text("{}"),
+            "is not a bundle's .it has no 'manifest'",
+        ),
+        (
+            "config.json",
+            lambda path: path.write_text("[]"),
+            "is not a bundle's .it has no 'manifest'",
+        ),
         ("config.json", change(k="4"), "is not a bundle's .it has no 'k'"),
-        ("config.json", change(manifest={"steps": [0, 1]}), "is not a bundle's .it has no 'channels'"),
+        (
+            "config.json",
+            change(manifest={"steps": [0, 1]}),
+            "is not a bundle's .it has no 'channels'",
+        ),
         ("config.json", change(n_latents=63), "model.safetensors does not fit the config.json"),
         ("config.json", change(n_latents=10**15), "model.safetensors does not fit the config.json"),
     ],
@@ -166,7 +223,9 @@ def change(**values):
 def test_a_damaged_bundle_is_named_in_one_sentence(saved, tmp_path, name, damage, said):
     shutil.copytree(saved, tmp_path / "bundle")
     damage(tmp_path / "bundle" / name)
-    with pytest.raises((ValueError, FileNotFoundError), match=f"^{tmp_path}/bundle/.*{said}") as refused:
+    with pytest.raises(
+        (ValueError, FileNotFoundError), match=f"^{tmp_path}/bundle/.*{said}"
+    ) as refused:
         Bundle.from_pretrained(tmp_path / "bundle")
     assert "\n" not in str(refused.value)
 
@@ -204,6 +263,15 @@ def test_a_colleague_steers_with_a_bundle_alone(pipe, bundle, saved, parts, tmp_
     sampling = SAMPLING | {"height": 0, "width": 0}
     delta = steering.addition(u, predictors, [0, 1, 2], 3, 1.5)
     expected = steering.steer(pipe, ["a red circle"] * 2, [0, 1], TOKENS, delta, **sampling)
-    assert json.loads((tmp_path / "mine" / "config.json").read_text())["manifest"]["sampling"] == sampling
+    assert (
+        json.loads((tmp_path / "mine" / "config.json").read_text())["manifest"]["sampling"]
+        == sampling
+    )
     np.testing.assert_allclose(steered, expected, atol=1e-5)
-    assert abs(steered - steering.steer(pipe, ["a red circle"] * 2, [0, 1], TOKENS, 0 * delta, **sampling)).max() > 1e-3
+    assert (
+        abs(
+            steered
+            - steering.steer(pipe, ["a red circle"] * 2, [0, 1], TOKENS, 0 * delta, **sampling)
+        ).max()
+        > 1e-3
+    )

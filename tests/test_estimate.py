@@ -7,17 +7,47 @@ import torch
 from helpers import estimate, runs, stores
 
 FIRST = {
-    "run": "r", "model": "demo", "device": "cpu", "dtype": "float32", "revision": "", "hookpoint": "mid_block.attentions.0", "signal": "output",
-    "branch": "conditional", "also": {}, "num_inference_steps": 4, "guidance_scale": 3.0, "height": 16, "width": 24, "pipeline_arguments": {},
-    "steps": [0, 2, 3], "n_keep": 5, "n_train": 10, "n_validation": 2, "n_test": 3, "store_dtype": "float16", "tokens_per_image": 8,
-    "train_images": False, "batch_size": 2, "seed": 0,
-}  # fmt: skip
-THIRD = {"n_latents": 64, "k": 4, "n_updates": 10, "sae_batch_size": 32, "accumulate": 1, "dead_after": 64, "seed": 0}
+    "run": "r",
+    "model": "demo",
+    "device": "cpu",
+    "dtype": "float32",
+    "revision": "",
+    "hookpoint": "mid_block.attentions.0",
+    "signal": "output",
+    "branch": "conditional",
+    "also": {},
+    "num_inference_steps": 4,
+    "guidance_scale": 3.0,
+    "height": 16,
+    "width": 24,
+    "pipeline_arguments": {},
+    "steps": [0, 2, 3],
+    "n_keep": 5,
+    "n_train": 10,
+    "n_validation": 2,
+    "n_test": 3,
+    "store_dtype": "float16",
+    "tokens_per_image": 8,
+    "train_images": False,
+    "batch_size": 2,
+    "seed": 0,
+}
+THIRD = {
+    "n_latents": 64,
+    "k": 4,
+    "n_updates": 10,
+    "sae_batch_size": 32,
+    "accumulate": 1,
+    "dead_after": 64,
+    "seed": 0,
+}
 
 
 @pytest.fixture
 def given(monkeypatch):
-    monkeypatch.setattr(runs, "parameters_for", lambda notebook, name: FIRST if notebook == "01" else THIRD)
+    monkeypatch.setattr(
+        runs, "parameters_for", lambda notebook, name: FIRST if notebook == "01" else THIRD
+    )
 
 
 def test_sizes_are_those_that_are_then_stored(given, tmp_path):
@@ -25,9 +55,21 @@ def test_sizes_are_those_that_are_then_stored(given, tmp_path):
     said = estimate.estimate("any", pipe)
     split = ["train"] * 10 + ["validation"] * 2 + ["test"] * 3
     stores.collect(
-        tmp_path, pipe, ["a dog"] * 15, range(15), split, hookpoint=FIRST["hookpoint"], steps=FIRST["steps"], batch_size=5,
-        tokens_per_image=8, train_images=False, num_inference_steps=4, guidance_scale=3.0, height=16, width=24,
-    )  # fmt: skip
+        tmp_path,
+        pipe,
+        ["a dog"] * 15,
+        range(15),
+        split,
+        hookpoint=FIRST["hookpoint"],
+        steps=FIRST["steps"],
+        batch_size=5,
+        tokens_per_image=8,
+        train_images=False,
+        num_inference_steps=4,
+        guidance_scale=3.0,
+        height=16,
+        width=24,
+    )
     stored = [stores.load_tensors(p)[0] for p in sorted(tmp_path.glob("*.safetensors"))]
     assert said["activations on disk"] == sum(t["h"].nbytes for t in stored)
     assert said["images on disk"] == sum(t["images"].nbytes for t in stored if "images" in t)
@@ -67,7 +109,9 @@ def test_a_wrong_hookpoint_is_named(given, monkeypatch):
         estimate.estimate("any", pipelines.stable_diffusion())
 
 
-@pytest.mark.parametrize("name, value", [("n_train", -5), ("batch_size", 0), ("accumulate", 0), ("n_updates", -1)])
+@pytest.mark.parametrize(
+    "name, value", [("n_train", -5), ("batch_size", 0), ("accumulate", 0), ("n_updates", -1)]
+)
 def test_sizes_that_cannot_be_are_named(given, monkeypatch, name, value):
     monkeypatch.setitem(FIRST if name in FIRST else THIRD, name, value)
     with pytest.raises(ValueError, match=f"^{name} is {value}; it must be at least 1$"):
@@ -77,10 +121,24 @@ def test_sizes_that_cannot_be_are_named(given, monkeypatch, name, value):
 @pytest.mark.parametrize("tflops", ["0", "-3", "nan", "inf"])
 def test_a_rate_that_cannot_be_is_named(given, monkeypatch, tflops):
     monkeypatch.setattr(sys, "argv", ["estimate", "any", f"--tflops={tflops}"])
-    with pytest.raises(SystemExit, match=f"^error: tflops is {float(tflops)}; it must be a number above 0$"):
+    with pytest.raises(
+        SystemExit, match=f"^error: tflops is {float(tflops)}; it must be a number above 0$"
+    ):
         estimate.main()
 
 
 def test_figures_are_said_with_units():
-    said = estimate.say({"images": 15, "activations on disk": 41e9, "its checkpoint on disk": 3e6, "operations an image": 2.5e12, "collecting, hours": 3.25})
-    assert [line.split()[-2:] for line in said.splitlines()][1:4] == [["41.00", "GB"], ["3.00", "MB"], ["2.50", "TFLOP"]]
+    said = estimate.say(
+        {
+            "images": 15,
+            "activations on disk": 41e9,
+            "its checkpoint on disk": 3e6,
+            "operations an image": 2.5e12,
+            "collecting, hours": 3.25,
+        }
+    )
+    assert [line.split()[-2:] for line in said.splitlines()][1:4] == [
+        ["41.00", "GB"],
+        ["3.00", "MB"],
+        ["2.50", "TFLOP"],
+    ]

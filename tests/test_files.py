@@ -21,7 +21,11 @@ TENSORS = {
 }
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.uint8]
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**40), 2**40) | st.floats(allow_nan=False) | st.text(),
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**40), 2**40)
+    | st.floats(allow_nan=False)
+    | st.text(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
     max_leaves=8,
 )
@@ -51,13 +55,21 @@ def test_tensors_and_record_come_back_as_they_were(tmp_path):
 def test_only_the_named_tensors_are_read(tmp_path):
     files.save_tensors(tmp_path / "a", TENSORS, {"k": 1})
     tensors, record = files.load_tensors(tmp_path / "a", ("half", "bytes"))
-    assert tensors.keys() == {"half", "bytes"} and torch.equal(tensors["bytes"], TENSORS["bytes"]) and record == {"k": 1}
+    assert (
+        tensors.keys() == {"half", "bytes"}
+        and torch.equal(tensors["bytes"], TENSORS["bytes"])
+        and record == {"k": 1}
+    )
     assert files.load_tensors(tmp_path / "a", ()) == ({}, {"k": 1})
     with pytest.raises(ValueError, match="a is damaged.*absent"):
         files.load_tensors(tmp_path / "a", ("absent",))
 
 
-@given(rows=st.lists(st.integers(0, 6)), shape=st.sampled_from([(7,), (7, 3), (7, 2, 5)]), dtype=st.sampled_from(DTYPES))
+@given(
+    rows=st.lists(st.integers(0, 6)),
+    shape=st.sampled_from([(7,), (7, 3), (7, 2, 5)]),
+    dtype=st.sampled_from(DTYPES),
+)
 def test_some_rows_of_one_tensor(tmp_path_factory, rows, shape, dtype):
     path, x = tmp_path_factory.getbasetemp() / "rows", torch.randn(shape).to(dtype)
     files.save_tensors(path, {"x": x, "other": torch.zeros(3)})
@@ -108,7 +120,11 @@ def test_no_flipped_byte_goes_unnoticed(tmp_path):
             assert "a.safetensors is damaged" in str(error)
             noticed += 1
         else:  # only where it says that there is a digest
-            assert at < start and tensors.keys() == TENSORS.keys() and all(torch.equal(t, TENSORS[name]) for name, t in tensors.items())
+            assert (
+                at < start
+                and tensors.keys() == TENSORS.keys()
+                and all(torch.equal(t, TENSORS[name]) for name, t in tensors.items())
+            )
         path.write_bytes(whole)
     assert noticed >= len(whole) - 40
 
@@ -168,13 +184,28 @@ def test_a_failure_to_clean_up_does_not_hide_why_it_failed(tmp_path, monkeypatch
 
 def test_a_folder_where_a_file_should_be_is_named(tmp_path):
     (tmp_path / "a.file").mkdir()
-    for refused in (files.load_tensors, files.load_json, lambda path: files.load_rows(path, "x", [0]), lambda path: files.save_json(path, {})):
+    for refused in (
+        files.load_tensors,
+        files.load_json,
+        lambda path: files.load_rows(path, "x", [0]),
+        lambda path: files.save_json(path, {}),
+    ):
         with pytest.raises((ValueError, OSError), match="a.file is a folder; "):
             refused(tmp_path / "a.file")
     assert [p.name for p in tmp_path.iterdir()] == ["a.file"]
 
 
-@pytest.mark.parametrize("value, said", [(0, "0 B"), (900, "900 B"), (1500, "1.50 kB"), (2_340_000, "2.34 MB"), (41e9, "41.00 GB"), (2.5e12, "2.50 TB")])
+@pytest.mark.parametrize(
+    "value, said",
+    [
+        (0, "0 B"),
+        (900, "900 B"),
+        (1500, "1.50 kB"),
+        (2_340_000, "2.34 MB"),
+        (41e9, "41.00 GB"),
+        (2.5e12, "2.50 TB"),
+    ],
+)
 def test_sizes_have_a_unit_that_suits_them(value, said):
     assert files.in_units(value) == said
 
@@ -219,7 +250,9 @@ def test_a_record_that_is_no_json_leaves_the_old_file_alone(tmp_path):
     assert files.load_json(tmp_path / "a.json") == {"x": 1} and leftovers(tmp_path) == []
 
 
-LOADS = pytest.mark.parametrize("load", [files.load_tensors, files.load_json, lambda path: files.load_rows(path, "whole", [0])])
+LOADS = pytest.mark.parametrize(
+    "load", [files.load_tensors, files.load_json, lambda path: files.load_rows(path, "whole", [0])]
+)
 
 
 @LOADS

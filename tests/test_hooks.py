@@ -42,7 +42,12 @@ class Layer(torch.nn.Module):
     def forward(self, x):
         if self.form == "tokens":
             return x.flatten(2).transpose(1, 2)
-        return {"grid": x, "tuple": (x, "kept"), "output": Transformer2DModelOutput(sample=x), "flat": x.flatten(1)}[self.form]
+        return {
+            "grid": x,
+            "tuple": (x, "kept"),
+            "output": Transformer2DModelOutput(sample=x),
+            "flat": x.flatten(1),
+        }[self.form]
 
 
 class Toy(torch.nn.Module):
@@ -53,7 +58,10 @@ class Toy(torch.nn.Module):
         self.coarse = Layer("tokens")
 
     def forward(self, sample, timestep):
-        out = {form: getattr(self, form)(sample) for form in ("grid", "tuple", "output", "tokens", "flat")}
+        out = {
+            form: getattr(self, form)(sample)
+            for form in ("grid", "tuple", "output", "tokens", "flat")
+        }
         return out | {"coarse": self.coarse(sample[..., ::2, ::2])}
 
 
@@ -72,13 +80,17 @@ def scheduler():
 def numbered(rows=2):
     """Channel 0 holds 100 · row + column, channel 1 the batch row."""
     y, x = torch.meshgrid(torch.arange(HEIGHT), torch.arange(WIDTH), indexing="ij")
-    return torch.stack([torch.stack([100 * y + x, torch.full_like(x, i)]) for i in range(rows)]).float()
+    return torch.stack(
+        [torch.stack([100 * y + x, torch.full_like(x, i)]) for i in range(rows)]
+    ).float()
 
 
 def heard(denoiser, scheduler, hookpoint, run, **options):
     """What a listener is told while `run()` goes on: (activation, call) each time."""
     seen = []
-    with hooks.listen(denoiser, scheduler, hookpoint, lambda t, call: seen.append((t.clone(), call)), **options):
+    with hooks.listen(
+        denoiser, scheduler, hookpoint, lambda t, call: seen.append((t.clone(), call)), **options
+    ):
         run()
     return seen
 
@@ -94,7 +106,9 @@ def test_tokens_come_in_reading_order_of_an_upright_grid(toy, scheduler, form):
 
 
 def test_a_coarser_layers_grid_keeps_the_latents_proportion(toy, scheduler):
-    [(tokens, call)] = heard(toy, scheduler, "coarse", lambda: toy(numbered(), scheduler.timesteps[0]))
+    [(tokens, call)] = heard(
+        toy, scheduler, "coarse", lambda: toy(numbered(), scheduler.timesteps[0])
+    )
     assert call.grid == (4, 8)
     assert tokens[0, 2 * 8 + 5, 0] == 410
 
@@ -163,16 +177,33 @@ def test_the_step_is_read_from_the_timestep_not_counted(toy, scheduler):
 
     timesteps = scheduler.timesteps.tolist()
     seen = [(c.step, c.timestep, c.repeated) for _, c in heard(toy, scheduler, "grid", run)]
-    assert seen == [(3, timesteps[3], False), (0, timesteps[0], False), (0, timesteps[0], True), (4, timesteps[4], False)]
+    assert seen == [
+        (3, timesteps[3], False),
+        (0, timesteps[0], False),
+        (0, timesteps[0], True),
+        (4, timesteps[4], False),
+    ]
 
 
 def test_the_same_latents_again_are_the_other_branch_and_no_repetition(toy, scheduler):
     def run():
-        for latents, step in ((numbered(), 1), (numbered(), 1), (numbered() + 1, 1), (numbered() + 1, 1), (numbered() + 1, 2)):
+        for latents, step in (
+            (numbered(), 1),
+            (numbered(), 1),
+            (numbered() + 1, 1),
+            (numbered() + 1, 1),
+            (numbered() + 1, 2),
+        ):
             toy(latents, scheduler.timesteps[step])
 
     calls = [c for _, c in heard(toy, scheduler, "grid", run)]
-    assert [c.branches[0] for c in calls] == ["conditional", "unconditional", "conditional", "unconditional", "conditional"]
+    assert [c.branches[0] for c in calls] == [
+        "conditional",
+        "unconditional",
+        "conditional",
+        "unconditional",
+        "conditional",
+    ]
     assert [c.repeated for c in calls] == [False, False, True, True, False]
 
 
@@ -183,7 +214,10 @@ def test_latents_that_a_loop_changes_in_place_are_other_latents(toy, scheduler):
         toy(latents.add_(1), scheduler.timesteps[1])
 
     calls = [c for _, c in heard(toy, scheduler, "grid", run)]
-    assert [(c.branches, c.repeated) for c in calls] == [(("conditional",), False), (("conditional",), True)]
+    assert [(c.branches, c.repeated) for c in calls] == [
+        (("conditional",), False),
+        (("conditional",), True),
+    ]
 
 
 class InPlace(torch.nn.Module):
@@ -199,7 +233,13 @@ class InPlace(torch.nn.Module):
 
 def test_an_update_is_right_where_the_module_writes_over_its_input(scheduler):
     denoiser = InPlace()
-    [(update, _)] = heard(denoiser, scheduler, "block", lambda: denoiser(numbered(1), scheduler.timesteps[0]), signal="update")
+    [(update, _)] = heard(
+        denoiser,
+        scheduler,
+        "block",
+        lambda: denoiser(numbered(1), scheduler.timesteps[0]),
+        signal="update",
+    )
     entering = (numbered(1) - 100).flatten(2).transpose(1, 2)
     assert torch.equal(update, torch.where(entering < 0, -entering / 2, 0))
 
@@ -220,10 +260,16 @@ SCHEDULERS = pytest.mark.parametrize(
 
 
 @SCHEDULERS
-def test_steps_under_schedulers_that_call_once_or_twice(pipe, prompts, monkeypatch, scheduler_class, options, steps, repeated):
-    monkeypatch.setattr(pipe, "scheduler", scheduler_class.from_config(pipe.scheduler.config, **options))
+def test_steps_under_schedulers_that_call_once_or_twice(
+    pipe, prompts, monkeypatch, scheduler_class, options, steps, repeated
+):
+    monkeypatch.setattr(
+        pipe, "scheduler", scheduler_class.from_config(pipe.scheduler.config, **options)
+    )
     raw = []  # what a naive hook sees
-    handle = pipe.unet.get_submodule(GRID).register_forward_hook(lambda m, args, out: raw.append(out.clone()))
+    handle = pipe.unet.get_submodule(GRID).register_forward_hook(
+        lambda m, args, out: raw.append(out.clone())
+    )
     try:
         recorder = Recorder(pipe.unet, pipe.scheduler, GRID, [0, 1, 2, 3], n_images=1)
         run = lambda: generate(pipe, prompts[:1], [0], **SAMPLING | {"num_inference_steps": 4})  # noqa: E731
@@ -262,10 +308,16 @@ class Flow(torch.nn.Module):
 
 @pytest.mark.parametrize("n", [50, 100])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("scheduler_class", [FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler])
+@pytest.mark.parametrize(
+    "scheduler_class", [FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler]
+)
 @pytest.mark.parametrize("divisor", [1000, 1])
 def test_steps_when_the_timestep_is_rounded_and_a_thousandth(scheduler_class, dtype, n, divisor):
-    scheduler, flow, latents = scheduler_class(shift=3.0), Flow(), torch.ones(1, 4, 4, 4, dtype=dtype)
+    scheduler, flow, latents = (
+        scheduler_class(shift=3.0),
+        Flow(),
+        torch.ones(1, 4, 4, 4, dtype=dtype),
+    )
     scheduler.set_timesteps(n)
 
     def run(latents):
@@ -287,7 +339,9 @@ def test_a_last_timestep_of_one_is_not_a_first_of_a_thousand_divided(divisor, la
 
     def run(latents):
         for t in scheduler.timesteps:
-            latents = scheduler.step(flow(latents, t.repeat(1) / divisor), t, latents, return_dict=False)[0]
+            latents = scheduler.step(
+                flow(latents, t.repeat(1) / divisor), t, latents, return_dict=False
+            )[0]
 
     assert [c.step for _, c in heard(flow, scheduler, "block", lambda: run(latents))] == [0, 1, 2]
 
@@ -303,7 +357,10 @@ def test_a_number_beside_the_schedulers_list_is_no_entry_of_it(at):
 def test_a_scheduler_with_more_timesteps_than_steps_is_refused(n):
     scheduler = PNDMScheduler(skip_prk_steps=False)
     scheduler.set_timesteps(n)
-    with pytest.raises(ValueError, match=f"scheduler PNDMScheduler lists .* different timesteps for num_inference_steps={n}"):
+    with pytest.raises(
+        ValueError,
+        match=f"scheduler PNDMScheduler lists .* different timesteps for num_inference_steps={n}",
+    ):
         hooks.steps_of(scheduler)
 
 
@@ -330,7 +387,10 @@ class Fact(NamedTuple):
         """(row, token, channel) of the image."""
         if tensor.ndim == 3:
             return tensor[:, self.text :]
-        return torch.stack([tensor[:, :, y, x] for y in range(tensor.shape[2]) for x in range(tensor.shape[3])], dim=1)
+        return torch.stack(
+            [tensor[:, :, y, x] for y in range(tensor.shape[2]) for x in range(tensor.shape[3])],
+            dim=1,
+        )
 
     def changed(self, tensor, change):
         """The tensor with `change` made to its image tokens."""
@@ -370,7 +430,9 @@ WITHOUT_BRANCHES = ("flux", "ddpm")  # with these settings
 # pixels of an image that is not square, and how to ask for it
 TALL = {"pixart": {"height": 96, "width": 64, "use_resolution_binning": False}}
 SQUARE = {"pixart": (256, 256), "ddpm": (8, 8)}
-SIZES = [(f, tall) for f in FACTS for tall in (False, True) if not tall or f.model not in ("dit", "ddpm")]
+SIZES = [
+    (f, tall) for f in FACTS for tall in (False, True) if not tall or f.model not in ("dit", "ddpm")
+]
 PROMPTS = {"dit": ["1", "2"]}
 
 
@@ -397,21 +459,32 @@ def test_what_is_recorded_is_what_a_naive_hook_sees(fact, tall):
     raw = []
 
     def naive(_, args, kwargs, output):
-        raw.append([fact.tokens(t).clone() for t in (fact.leaving(output), fact.entering(args, kwargs))])
+        raw.append(
+            [fact.tokens(t).clone() for t in (fact.leaving(output), fact.entering(args, kwargs))]
+        )
 
-    steps, signals = [0, 2], hooks.SIGNALS[: 2 if fact.hookpoint == "down_blocks.1" else 3]  # its widths differ
+    steps, signals = (
+        [0, 2],
+        hooks.SIGNALS[: 2 if fact.hookpoint == "down_blocks.1" else 3],
+    )  # its widths differ
     module = hooks.denoiser_of(pipe).get_submodule(fact.hookpoint)
     handle = module.register_forward_hook(naive, with_kwargs=True)
     try:
-        images, h, where = record_all(pipe, prompts, seeds, [Tap(fact.hookpoint, s) for s in signals], steps, **sampling)
+        images, h, where = record_all(
+            pipe, prompts, seeds, [Tap(fact.hookpoint, s) for s in signals], steps, **sampling
+        )
     finally:
         handle.remove()
     assert images.shape[:3] == (2, height, width)
-    assert [w["grid"] for w in where] == [[height // fact.shrinks, width // fact.shrinks]] * len(signals)
+    assert [w["grid"] for w in where] == [[height // fact.shrinks, width // fact.shrinks]] * len(
+        signals
+    )
     assert len(raw) == 3 and h[0].shape[2] == (height // fact.shrinks) * (width // fact.shrinks)
     for i, step in enumerate(steps):
         output, entering = (conditional(fact.model, t) for t in raw[step])
-        for recorded, expected in zip(h, (output, entering, output - entering if len(signals) == 3 else None)):
+        for recorded, expected in zip(
+            h, (output, entering, output - entering if len(signals) == 3 else None)
+        ):
             assert torch.equal(recorded[:, i], expected)
     assert not torch.equal(h[0][0], h[0][1])
 
@@ -436,19 +509,62 @@ def test_text_is_left_out_even_if_it_has_as_many_tokens_as_the_image(fact):
 
 
 HEADS = {"num_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2}
-QWEN = (QwenImageTransformer2DModel, HEADS | {"patch_size": 2, "in_channels": 16, "out_channels": 4, "joint_attention_dim": 32, "axes_dims_rope": (4, 6, 6)})  # fmt: skip
-AURA = (AuraFlowTransformer2DModel, {
-    "sample_size": 8, "patch_size": 2, "in_channels": 4, "num_mmdit_layers": 1, "num_single_dit_layers": 1, "attention_head_dim": 16,
-    "num_attention_heads": 2, "joint_attention_dim": 32, "caption_projection_dim": 32, "out_channels": 4, "pos_embed_max_size": 16,
-})  # fmt: skip
-FLUX2 = (Flux2Transformer2DModel, HEADS | {
-    "patch_size": 1, "in_channels": 16, "num_layers": 1, "num_single_layers": 1, "joint_attention_dim": 32, "timestep_guidance_channels": 16,
-    "axes_dims_rope": (4, 4, 4, 4),
-})  # fmt: skip
-COGVIEW = (CogView4Transformer2DModel, {
-    "patch_size": 2, "in_channels": 4, "out_channels": 4, "num_layers": 1, "attention_head_dim": 8, "num_attention_heads": 4, "text_embed_dim": 32,
-    "time_embed_dim": 8, "condition_dim": 4, "pos_embed_max_size": 32, "sample_size": 8,
-})  # fmt: skip
+QWEN = (
+    QwenImageTransformer2DModel,
+    HEADS
+    | {
+        "patch_size": 2,
+        "in_channels": 16,
+        "out_channels": 4,
+        "joint_attention_dim": 32,
+        "axes_dims_rope": (4, 6, 6),
+    },
+)
+AURA = (
+    AuraFlowTransformer2DModel,
+    {
+        "sample_size": 8,
+        "patch_size": 2,
+        "in_channels": 4,
+        "num_mmdit_layers": 1,
+        "num_single_dit_layers": 1,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 32,
+        "caption_projection_dim": 32,
+        "out_channels": 4,
+        "pos_embed_max_size": 16,
+    },
+)
+FLUX2 = (
+    Flux2Transformer2DModel,
+    HEADS
+    | {
+        "patch_size": 1,
+        "in_channels": 16,
+        "num_layers": 1,
+        "num_single_layers": 1,
+        "joint_attention_dim": 32,
+        "timestep_guidance_channels": 16,
+        "axes_dims_rope": (4, 4, 4, 4),
+    },
+)
+COGVIEW = (
+    CogView4Transformer2DModel,
+    {
+        "patch_size": 2,
+        "in_channels": 4,
+        "out_channels": 4,
+        "num_layers": 1,
+        "attention_head_dim": 8,
+        "num_attention_heads": 4,
+        "text_embed_dim": 32,
+        "time_embed_dim": 8,
+        "condition_dim": 4,
+        "pos_embed_max_size": 32,
+        "sample_size": 8,
+    },
+)
 OTHERS = {  # the class, the hookpoint, how many tokens of text, which of its outputs is the image, how many tokens stand before it
     "qwen, wide": (QWEN, "transformer_blocks.0", 9, 1, 0),
     "qwen's attention": (QWEN, "transformer_blocks.0.attn", 16, 0, 0),
@@ -467,10 +583,22 @@ def call_of(denoiser, text, reference=0):
     packed = torch.randn(1, 16 + reference, 16)
     given = {"timestep": torch.tensor([1.0]), "encoder_hidden_states": torch.randn(1, text, 32)}
     own = {
-        "Qwen": {"hidden_states": packed, "img_shapes": [[(1, 2, 8)]], "encoder_hidden_states_mask": torch.ones(1, text)},
-        "Flux": {"hidden_states": packed, "img_ids": ids, "txt_ids": torch.zeros(1, text, 4), "guidance": torch.ones(1)},
+        "Qwen": {
+            "hidden_states": packed,
+            "img_shapes": [[(1, 2, 8)]],
+            "encoder_hidden_states_mask": torch.ones(1, text),
+        },
+        "Flux": {
+            "hidden_states": packed,
+            "img_ids": ids,
+            "txt_ids": torch.zeros(1, text, 4),
+            "guidance": torch.ones(1),
+        },
         "Aura": {"hidden_states": torch.randn(1, 4, 4, 16)},
-        "CogV": {"hidden_states": torch.randn(1, 4, 4, 16), **{k: torch.ones(1, 2) for k in ("original_size", "target_size", "crop_coords")}},
+        "CogV": {
+            "hidden_states": torch.randn(1, 4, 4, 16),
+            **{k: torch.ones(1, 2) for k in ("original_size", "target_size", "crop_coords")},
+        },
     }
     return given | own[type(denoiser).__name__[:4]]
 
@@ -480,9 +608,13 @@ def test_other_transformers_give_the_image_and_its_grid(what):
     (kind, config), hookpoint, text, at, before = OTHERS[what]
     torch.manual_seed(0)
     denoiser, raw = kind(**config).eval(), []
-    denoiser.get_submodule(hookpoint).register_forward_hook(lambda m, args, out: raw.append(out if at is None else out[at]))
+    denoiser.get_submodule(hookpoint).register_forward_hook(
+        lambda m, args, out: raw.append(out if at is None else out[at])
+    )
     with torch.no_grad():
-        [(tokens, call)] = heard(denoiser, [1.0, 0.5], hookpoint, lambda: denoiser(**call_of(denoiser, text)))
+        [(tokens, call)] = heard(
+            denoiser, [1.0, 0.5], hookpoint, lambda: denoiser(**call_of(denoiser, text))
+        )
     assert call.grid == (2, 8) and torch.equal(tokens, raw[0][:, before:])
 
 
@@ -506,25 +638,44 @@ def test_the_shape_of_packed_tokens_is_guessed_only_where_there_is_no_text():
 def test_reference_images_beside_the_image_are_refused():
     denoiser = QWEN[0](**QWEN[1])
     with pytest.raises(ValueError, match="given 25 tokens for a grid of 2 × 8; valid is one image"):
-        heard(denoiser, [1.0, 0.5], "transformer_blocks.0", lambda: denoiser(**call_of(denoiser, 9, reference=9)))
+        heard(
+            denoiser,
+            [1.0, 0.5],
+            "transformer_blocks.0",
+            lambda: denoiser(**call_of(denoiser, 9, reference=9)),
+        )
 
 
 def test_usual_hookpoints_of_auraflow_are_its_blocks():
-    assert hooks.usual(AURA[0](**AURA[1])) == ["joint_transformer_blocks.0", "single_transformer_blocks.0"]
+    assert hooks.usual(AURA[0](**AURA[1])) == [
+        "joint_transformer_blocks.0",
+        "single_transformer_blocks.0",
+    ]
 
 
 def test_a_denoiser_that_is_given_reversed_time_is_refused_by_name():
     lumina = LuminaNextDiT2DModel(
-        sample_size=8, patch_size=2, in_channels=4, hidden_size=24, num_layers=1, num_attention_heads=3, num_kv_heads=1, multiple_of=16,
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        hidden_size=24,
+        num_layers=1,
+        num_attention_heads=3,
+        num_kv_heads=1,
+        multiple_of=16,
         cross_attention_dim=32,
-    )  # fmt: skip
-    with pytest.raises(ValueError, match="its denoiser LuminaNextDiT2DModel is given 1 - timestep / 1000"):
+    )
+    with pytest.raises(
+        ValueError, match="its denoiser LuminaNextDiT2DModel is given 1 - timestep / 1000"
+    ):
         heard(lumina, [1.0, 0.5], "layers.0", lambda: None)
 
 
 def test_perturbed_attention_guidance_is_refused(pipe):
     parts = {k: v for k, v in pipe.components.items() if k != "image_encoder"}
-    with pytest.raises(ValueError, match="model StableDiffusionPAGPipeline runs perturbed-attention guidance"):
+    with pytest.raises(
+        ValueError, match="model StableDiffusionPAGPipeline runs perturbed-attention guidance"
+    ):
         hooks.denoiser_of(StableDiffusionPAGPipeline(**parts, requires_safety_checker=False))
 
 
@@ -532,9 +683,15 @@ def test_perturbed_attention_guidance_is_refused(pipe):
 def test_the_extra_pass_of_skip_layer_guidance_is_not_heard(signal):
     pipe, prompts, seeds, sampling, _ = asked("sd3", False)
     where = {"hookpoint": "transformer_blocks.1", "steps": [0, 1, 2], "signal": signal}
-    skipping = {"skip_guidance_layers": [0], "skip_layer_guidance_start": 0.0, "skip_layer_guidance_stop": 0.9}
+    skipping = {
+        "skip_guidance_layers": [0],
+        "skip_layer_guidance_start": 0.0,
+        "skip_layer_guidance_stop": 0.9,
+    }
     plain = record(pipe, prompts, seeds, **where, **sampling)[1]
-    skipped = record(pipe, prompts, seeds, **where, **skipping, skip_layer_guidance_scale=0.0, **sampling)[1]
+    skipped = record(
+        pipe, prompts, seeds, **where, **skipping, skip_layer_guidance_scale=0.0, **sampling
+    )[1]
     torch.testing.assert_close(skipped, plain, atol=1e-4, rtol=1e-4)
 
 
@@ -549,18 +706,28 @@ class Any(torch.nn.Module):
 
 def test_latents_that_are_not_one_tensor_are_refused_in_one_sentence(scheduler):
     denoiser = Any()
-    with pytest.raises(ValueError, match="model: its denoiser was given a tuple for its latents; valid is a forward that names"):
+    with pytest.raises(
+        ValueError,
+        match="model: its denoiser was given a tuple for its latents; valid is a forward that names",
+    ):
         heard(denoiser, scheduler, "block", lambda: denoiser(numbered(), scheduler.timesteps[0]))
 
 
-@pytest.mark.parametrize("model, hookpoint, options", [
-    ("sd1", TOKENS + ".attn2.to_k", {"height": 16, "width": 32}),  # 32 tokens of text, 4×8 of the image
-    ("sd1", TOKENS + ".attn2.to_v", {"height": 16, "width": 32}),
-    ("flux", "transformer_blocks.0.attn.to_add_out", {"max_sequence_length": 16}),
-    ("flux", "transformer_blocks.0.attn.add_k_proj", {"max_sequence_length": 16}),
-    ("flux", "transformer_blocks.0.ff_context", {"max_sequence_length": 16}),
-    ("flux", "context_embedder", {"max_sequence_length": 16}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "model, hookpoint, options",
+    [
+        (
+            "sd1",
+            TOKENS + ".attn2.to_k",
+            {"height": 16, "width": 32},
+        ),  # 32 tokens of text, 4×8 of the image
+        ("sd1", TOKENS + ".attn2.to_v", {"height": 16, "width": 32}),
+        ("flux", "transformer_blocks.0.attn.to_add_out", {"max_sequence_length": 16}),
+        ("flux", "transformer_blocks.0.attn.add_k_proj", {"max_sequence_length": 16}),
+        ("flux", "transformer_blocks.0.ff_context", {"max_sequence_length": 16}),
+        ("flux", "context_embedder", {"max_sequence_length": 16}),
+    ],
+)
 def test_text_alone_is_no_image_even_if_it_has_as_many_tokens(model, hookpoint, options):
     pipe, prompts, seeds, sampling, _ = asked(model, False)
     with pytest.raises(ValueError, match=f"hookpoint {hookpoint!r}: its output.*not a grid"):
@@ -589,7 +756,8 @@ LAST = {"sd3": "proj_out", "flux": "proj_out", "pixart": "proj_out", "dit": "pro
 
 
 @pytest.mark.parametrize(
-    "model, tall", [(m, t) for m in pipelines.ALL for t in (False, True) if not t or m not in ("dit", "ddpm")]
+    "model, tall",
+    [(m, t) for m in pipelines.ALL for t in (False, True) if not t or m not in ("dit", "ddpm")],
 )
 def test_an_edited_token_changes_the_latents_at_its_upright_place(model, tall, monkeypatch):
     pipe, prompts, seeds, sampling, _ = asked(model, tall)
@@ -601,7 +769,11 @@ def test_an_edited_token_changes_the_latents_at_its_upright_place(model, tall, m
 
     if model != "ddpm":
         decode = pipe.vae.decode
-        monkeypatch.setattr(pipe.vae, "decode", lambda z, *a, **k: finished.append(z.numpy().copy()) or decode(z, *a, **k))
+        monkeypatch.setattr(
+            pipe.vae,
+            "decode",
+            lambda z, *a, **k: finished.append(z.numpy().copy()) or decode(z, *a, **k),
+        )
     plain = run()
     side = 2 if model in LAST else 1
     rows, columns = (n // side for n in plain.shape[2:])
@@ -614,7 +786,9 @@ def test_an_edited_token_changes_the_latents_at_its_upright_place(model, tall, m
             tokens[:, row * columns + column] += 0.5
             return tokens
 
-    with hooks.listen(hooks.denoiser_of(pipe), pipe.scheduler, LAST.get(model, "conv_out"), edit, n_images=2):
+    with hooks.listen(
+        hooks.denoiser_of(pipe), pipe.scheduler, LAST.get(model, "conv_out"), edit, n_images=2
+    ):
         changed = run()
     for moved in (changed != plain).any(1):
         assert {(y // side, x // side) for y, x in np.argwhere(moved)} == {(row, column)}
@@ -645,19 +819,37 @@ def test_what_holds_no_image_tokens_is_refused_by_name(model, hookpoint, signal)
 
 # --- branches of guidance -----------------------------------------------------------------------
 
-GUIDED = [f for f in FACTS if (f.model, f.hookpoint) in {
-    ("sd1", TUPLE), ("sd2", TUPLE), ("sdxl", "up_blocks.0.attentions.1"), ("sd3", "transformer_blocks.1"), ("pixart", "transformer_blocks.1"),
-    ("flux", "transformer_blocks.1"), ("flux", "single_transformer_blocks.1.attn"), ("dit", "transformer_blocks.0"),
-}]  # fmt: skip
+GUIDED = [
+    f
+    for f in FACTS
+    if (f.model, f.hookpoint)
+    in {
+        ("sd1", TUPLE),
+        ("sd2", TUPLE),
+        ("sdxl", "up_blocks.0.attentions.1"),
+        ("sd3", "transformer_blocks.1"),
+        ("pixart", "transformer_blocks.1"),
+        ("flux", "transformer_blocks.1"),
+        ("flux", "single_transformer_blocks.1.attn"),
+        ("dit", "transformer_blocks.0"),
+    }
+]
 
 
 @pytest.mark.parametrize("fact", GUIDED, ids=name_of)
 def test_each_branch_is_what_its_own_prompt_gives_without_guidance(fact):
     pipe, prompts, seeds, _, _ = asked(fact.model, False)
-    where = {"hookpoint": fact.hookpoint, "steps": [0], "num_inference_steps": 2}  # later latents differ under guidance
+    where = {
+        "hookpoint": fact.hookpoint,
+        "steps": [0],
+        "num_inference_steps": 2,
+    }  # later latents differ under guidance
     guided, plain = {"guidance_scale": 3.0, "negative_prompt": "gray"}, {"guidance_scale": 1.0}
     if fact.model == "flux":
-        guided, plain = {"true_cfg_scale": 3.0, "negative_prompt": "gray", "guidance_scale": 2.0}, {"guidance_scale": 2.0}
+        guided, plain = (
+            {"true_cfg_scale": 3.0, "negative_prompt": "gray", "guidance_scale": 2.0},
+            {"guidance_scale": 2.0},
+        )
     if fact.model == "dit":
         guided.pop("negative_prompt")
     negative = ["1000" if fact.model == "dit" else "gray"] * 2  # DiT's null class
@@ -672,24 +864,40 @@ def test_each_branch_is_what_its_own_prompt_gives_without_guidance(fact):
 def test_two_calls_a_step_are_the_two_branches_of_flux(branch):
     pipe, prompts, seeds, sampling, _ = asked("flux", True)
     raw = []
-    handle = pipe.transformer.transformer_blocks[1].register_forward_hook(lambda m, args, out: raw.append(out[1].clone()))
+    handle = pipe.transformer.transformer_blocks[1].register_forward_hook(
+        lambda m, args, out: raw.append(out[1].clone())
+    )
     try:
         _, h, _ = record(
-            pipe, prompts, seeds, hookpoint="transformer_blocks.1", steps=[0, 1, 2], branch=branch,
-            true_cfg_scale=2.0, negative_prompt="gray", **sampling,
-        )  # fmt: skip
+            pipe,
+            prompts,
+            seeds,
+            hookpoint="transformer_blocks.1",
+            steps=[0, 1, 2],
+            branch=branch,
+            true_cfg_scale=2.0,
+            negative_prompt="gray",
+            **sampling,
+        )
     finally:
         handle.remove()
     assert len(raw) == 6
     assert torch.equal(h, torch.stack(raw[hooks.BRANCHES.index(branch) :: 2], 1))
 
 
-@pytest.mark.parametrize("model, guidance_scale", [("sd1", 1.0), ("dit", 1.0), ("sd3", 1.0), ("flux", 3.0), ("ddpm", 3.0)])
+@pytest.mark.parametrize(
+    "model, guidance_scale",
+    [("sd1", 1.0), ("dit", 1.0), ("sd3", 1.0), ("flux", 3.0), ("ddpm", 3.0)],
+)
 def test_without_guidance_there_is_no_unconditional_branch(model, guidance_scale):
     pipe, prompts, seeds, sampling, _ = asked(model, False)
     hookpoint = next(f.hookpoint for f in FACTS if f.model == model)
-    options = {"hookpoint": hookpoint, "steps": [0, 1]} | sampling | {"guidance_scale": guidance_scale}
-    with pytest.raises(ValueError, match="branch 'unconditional' is not run by this pipeline.*valid is conditional"):
+    options = (
+        {"hookpoint": hookpoint, "steps": [0, 1]} | sampling | {"guidance_scale": guidance_scale}
+    )
+    with pytest.raises(
+        ValueError, match="branch 'unconditional' is not run by this pipeline.*valid is conditional"
+    ):
         record(pipe, prompts, seeds, branch="unconditional", **options)
     with pytest.raises(ValueError, match="branch 'both' is not one of conditional, unconditional"):
         record(pipe, prompts, seeds, branch="both", **options)
@@ -705,7 +913,9 @@ def bent(tokens, call=None):
 
 @pytest.mark.parametrize("signal", hooks.SIGNALS)
 @pytest.mark.parametrize(
-    "fact", [f for f in FACTS if f.hookpoint != "down_blocks.1" and "resnets" not in f.hookpoint], ids=name_of
+    "fact",
+    [f for f in FACTS if f.hookpoint != "down_blocks.1" and "resnets" not in f.hookpoint],
+    ids=name_of,
 )
 def test_an_edit_changes_the_image_as_a_naive_hook_does(fact, signal):
     pipe, prompts, seeds, sampling, _ = asked(fact.model, fact.model not in ("dit", "ddpm"))
@@ -722,9 +932,15 @@ def test_an_edit_changes_the_image_as_a_naive_hook_does(fact, signal):
         entering = fact.tokens(fact.entering(args, kwargs))
         change = bent if signal == "output" else lambda t: entering + bent(t - entering)
         new = fact.changed(fact.leaving(output), change)
-        return new if fact.leaves is None else tuple(new if i == fact.leaves else v for i, v in enumerate(output))
+        return (
+            new
+            if fact.leaves is None
+            else tuple(new if i == fact.leaves else v for i, v in enumerate(output))
+        )
 
-    register = module.register_forward_pre_hook if signal == "input" else module.register_forward_hook
+    register = (
+        module.register_forward_pre_hook if signal == "input" else module.register_forward_hook
+    )
     handle = register(before if signal == "input" else after, with_kwargs=True)
     try:
         expected = generate(pipe, prompts, seeds, **sampling)
@@ -740,7 +956,9 @@ def test_an_edit_changes_the_image_as_a_naive_hook_does(fact, signal):
 @pytest.mark.parametrize("hookpoint", [TOKENS, TUPLE])
 def test_a_listener_that_returns_its_tokens_changes_no_image(pipe, prompts, hookpoint, signal):
     plain = generate(pipe, prompts[:2], [0, 1], **SAMPLING)
-    with hooks.listen(pipe.unet, pipe.scheduler, hookpoint, lambda t, c: t, n_images=2, signal=signal):
+    with hooks.listen(
+        pipe.unet, pipe.scheduler, hookpoint, lambda t, c: t, n_images=2, signal=signal
+    ):
         same = generate(pipe, prompts[:2], [0, 1], **SAMPLING)
     if signal == "update":  # input + (output - input) is rounded
         np.testing.assert_allclose(same, plain, atol=1e-5)
@@ -768,17 +986,33 @@ def test_hooks_are_gone_after_an_exception(pipe, prompts, monkeypatch, where, si
     if where == "sampling":
         monkeypatch.setattr(pipe.scheduler, "step", stop)
     on_call = stop if where == "on_call" else lambda t, c: None
-    with pytest.raises(Stop), hooks.listen(pipe.unet, pipe.scheduler, TUPLE, on_call, n_images=1, signal=signal):
+    with (
+        pytest.raises(Stop),
+        hooks.listen(pipe.unet, pipe.scheduler, TUPLE, on_call, n_images=1, signal=signal),
+    ):
         generate(pipe, prompts[:1], [0], **SAMPLING)
     assert during == [hooks_during]
 
 
 @pytest.mark.usefixtures("no_hooks_left")
 def test_hooks_are_gone_after_sampling(pipe, prompts):
-    assert len(heard(pipe.unet, pipe.scheduler, TOKENS, lambda: generate(pipe, prompts[:1], [0], **SAMPLING))) == 3
+    assert (
+        len(
+            heard(
+                pipe.unet,
+                pipe.scheduler,
+                TOKENS,
+                lambda: generate(pipe, prompts[:1], [0], **SAMPLING),
+            )
+        )
+        == 3
+    )
 
 
-@pytest.mark.parametrize("way", ["torch.compile(module)", "module.compile()", "one block", "torch.compile(module.forward)"])
+@pytest.mark.parametrize(
+    "way",
+    ["torch.compile(module)", "module.compile()", "one block", "torch.compile(module.forward)"],
+)
 def test_a_compiled_denoiser_is_refused_in_one_sentence(toy, scheduler, way):
     if way == "one block":
         toy.grid.compile()
@@ -787,7 +1021,9 @@ def test_a_compiled_denoiser_is_refused_in_one_sentence(toy, scheduler, way):
     elif way == "torch.compile(module.forward)":
         toy.forward = torch.compile(toy.forward)
     compiled = torch.compile(toy) if way == "torch.compile(module)" else toy
-    with pytest.raises(ValueError, match="model: its denoiser is compiled by torch.compile") as refused:
+    with pytest.raises(
+        ValueError, match="model: its denoiser is compiled by torch.compile"
+    ) as refused:
         heard(compiled, scheduler, "grid", lambda: None)
     assert "\n" not in str(refused.value)
     assert hooks_on(compiled) == 0
@@ -796,7 +1032,15 @@ def test_a_compiled_denoiser_is_refused_in_one_sentence(toy, scheduler, way):
 @pytest.mark.usefixtures("no_hooks_left")
 def test_an_update_between_widths_is_refused_by_name(pipe, prompts):
     with pytest.raises(ValueError, match="hookpoint 'down_blocks.1': its update"):
-        record(pipe, prompts[:1], [0], hookpoint="down_blocks.1", steps=[0, 1], signal="update", **SAMPLING)
+        record(
+            pipe,
+            prompts[:1],
+            [0],
+            hookpoint="down_blocks.1",
+            steps=[0, 1],
+            signal="update",
+            **SAMPLING,
+        )
 
 
 def test_an_unknown_signal_is_named(toy, scheduler):
@@ -808,7 +1052,12 @@ def test_an_unknown_signal_is_named(toy, scheduler):
 
 
 @pytest.mark.parametrize(
-    "name, near", [("mid_block.atentions.0", "mid_block.attentions.0"), ("", "attentions"), ("zzz", "attentions")]
+    "name, near",
+    [
+        ("mid_block.atentions.0", "mid_block.attentions.0"),
+        ("", "attentions"),
+        ("zzz", "attentions"),
+    ],
 )
 def test_an_unknown_hookpoint_is_named_with_ones_that_exist(pipe, name, near):
     with pytest.raises(ValueError) as refused:
@@ -823,7 +1072,12 @@ def test_find_gives_the_module_of_that_name(pipe):
 USUAL = {
     "sd1": {"down_blocks.0.resnets.0", "mid_block.attentions.0", "up_blocks.1.resnets.1"},
     "sd3": {"transformer_blocks.0", "transformer_blocks.1"},
-    "flux": {"transformer_blocks.0", "transformer_blocks.1", "single_transformer_blocks.0", "single_transformer_blocks.1"},
+    "flux": {
+        "transformer_blocks.0",
+        "transformer_blocks.1",
+        "single_transformer_blocks.0",
+        "single_transformer_blocks.1",
+    },
     "dit": {"transformer_blocks.0", "transformer_blocks.1"},
 }
 
@@ -831,7 +1085,9 @@ USUAL = {
 @pytest.mark.parametrize("model", USUAL)
 def test_the_usual_hookpoints_are_blocks_not_what_is_inside_them(model):
     names = hooks.usual(hooks.denoiser_of(built(model)))
-    assert USUAL[model] <= set(names) and not [n for n in names if "attentions" in n and "transformer_blocks" in n]
+    assert USUAL[model] <= set(names) and not [
+        n for n in names if "attentions" in n and "transformer_blocks" in n
+    ]
     assert len(names) == len(USUAL[model]) or model == "sd1"
 
 
@@ -852,5 +1108,8 @@ def test_the_denoiser_is_the_unet_or_the_transformer(pipe):
 
 
 def test_a_timestep_that_the_scheduler_does_not_list_is_refused(toy, scheduler):
-    with pytest.raises(ValueError, match="timestep -3, which is none of the scheduler's"), hooks.listen(toy, scheduler, "grid", lambda *_: None):
+    with (
+        pytest.raises(ValueError, match="timestep -3, which is none of the scheduler's"),
+        hooks.listen(toy, scheduler, "grid", lambda *_: None),
+    ):
         toy(numbered(), torch.tensor(-3.0))

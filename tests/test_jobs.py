@@ -22,12 +22,40 @@ TESTS = Path(__file__).parent
 def parameters(run, **changes):
     """All parameters of notebooks 01 to 03 for a tiny run in a folder of its own."""
     return {
-        "run": str(run), "model": "tiny", "revision": "", "prompts": "scenes", "prompt_column": "prompt",
-        "n_train": 6, "n_validation": 2, "n_test": 2, "hookpoint": TOKENS, "signal": "output", "branch": "conditional", "also": {},
-        "num_inference_steps": 3, "n_keep": 3, "steps": [], "guidance_scale": 3.0, "pipeline_arguments": {}, "height": 0, "width": 0,
-        "batch_size": 2, "tokens_per_image": 0, "train_images": True, "store_dtype": "float32", "device": "cpu", "dtype": "float32", "seed": 0,
-        "n_latents": 64, "k": 4, "n_updates": 12, "sae_batch_size": 32, "learning_rate": 5e-3, "dead_after": 64, "accumulate": 1,
-    } | changes  # fmt: skip
+        "run": str(run),
+        "model": "tiny",
+        "revision": "",
+        "prompts": "scenes",
+        "prompt_column": "prompt",
+        "n_train": 6,
+        "n_validation": 2,
+        "n_test": 2,
+        "hookpoint": TOKENS,
+        "signal": "output",
+        "branch": "conditional",
+        "also": {},
+        "num_inference_steps": 3,
+        "n_keep": 3,
+        "steps": [],
+        "guidance_scale": 3.0,
+        "pipeline_arguments": {},
+        "height": 0,
+        "width": 0,
+        "batch_size": 2,
+        "tokens_per_image": 0,
+        "train_images": True,
+        "store_dtype": "float32",
+        "device": "cpu",
+        "dtype": "float32",
+        "seed": 0,
+        "n_latents": 64,
+        "k": 4,
+        "n_updates": 12,
+        "sae_batch_size": 32,
+        "learning_rate": 5e-3,
+        "dead_after": 64,
+        "accumulate": 1,
+    } | changes
 
 
 def fit(p):
@@ -58,27 +86,58 @@ def test_prompts_seeds_and_splits_of_scenes():
 
 def test_prompts_of_a_file_or_none_at_all(tmp_path):
     (tmp_path / "p.txt").write_text("\n".join(f"prompt {i}" for i in range(20)))
-    assert jobs.prompts_of(parameters("/r", prompts=str(tmp_path / "p.txt")))[0] == [f"prompt {i}" for i in range(10)]
+    assert jobs.prompts_of(parameters("/r", prompts=str(tmp_path / "p.txt")))[0] == [
+        f"prompt {i}" for i in range(10)
+    ]
     assert jobs.prompts_of(parameters("/r", prompts="none"))[0] == [""] * 10
     (tmp_path / "p.txt").write_text("one\ntwo\n")
-    with pytest.raises(ValueError, match="number of prompts in .*p.txt.* is 2; it must be at least 10"):
+    with pytest.raises(
+        ValueError, match="number of prompts in .*p.txt.* is 2; it must be at least 10"
+    ):
         jobs.prompts_of(parameters("/r", prompts=str(tmp_path / "p.txt")))
 
 
 def test_arguments_of_the_pipelines_call():
-    told = jobs.sampling_of(parameters("/r", height=16, pipeline_arguments={"negative_prompt": "blur"}))
-    assert told == {"num_inference_steps": 3, "guidance_scale": 3.0, "height": 16, "width": 0, "negative_prompt": "blur"}
+    told = jobs.sampling_of(
+        parameters("/r", height=16, pipeline_arguments={"negative_prompt": "blur"})
+    )
+    assert told == {
+        "num_inference_steps": 3,
+        "guidance_scale": 3.0,
+        "height": 16,
+        "width": 0,
+        "negative_prompt": "blur",
+    }
 
 
-@pytest.mark.parametrize("name", ["num_inference_steps", "guidance_scale", "height", "width", "batch_size", "seed"])
+@pytest.mark.parametrize(
+    "name", ["num_inference_steps", "guidance_scale", "height", "width", "batch_size", "seed"]
+)
 def test_pipeline_arguments_do_not_override_parameters(name):
-    with pytest.raises(ValueError, match=f"^pipeline_arguments: '{name}' is a parameter of its own; give it there$"):
+    with pytest.raises(
+        ValueError, match=f"^pipeline_arguments: '{name}' is a parameter of its own; give it there$"
+    ):
         jobs.sampling_of(parameters("/r", pipeline_arguments={name: 4}))
 
 
-@pytest.mark.parametrize("name", ["prompt", "generator", "output_type", "class_labels", "return_dict", "num_images_per_prompt", "pipe", "accelerator"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "prompt",
+        "generator",
+        "output_type",
+        "class_labels",
+        "return_dict",
+        "num_images_per_prompt",
+        "pipe",
+        "accelerator",
+    ],
+)
 def test_pipeline_arguments_that_collecting_sets_are_refused(name):
-    with pytest.raises(ValueError, match=f"^pipeline_arguments: '{name}' is set by the collection itself; leave it out$"):
+    with pytest.raises(
+        ValueError,
+        match=f"^pipeline_arguments: '{name}' is set by the collection itself; leave it out$",
+    ):
         jobs.sampling_of(parameters("/r", pipeline_arguments={name: 4}))
 
 
@@ -87,11 +146,20 @@ def test_pipeline_arguments_that_collecting_sets_are_refused(name):
     [
         ({"also": {"r": "mid_block"}}, "'r' is the run itself; give another name"),
         ({"also": {str(runs.run_folder("r")): "mid_block"}}, "'/.*r' is the run itself"),
-        ({"also": {"r-unconditional": "mid_block"}, "branch": "both"}, "'r-unconditional' is there already"),
-        ({"also": {"o": 5}}, "'o' is 5; it must be a hookpoint, or hookpoint, signal and branch by name"),
+        (
+            {"also": {"r-unconditional": "mid_block"}, "branch": "both"},
+            "'r-unconditional' is there already",
+        ),
+        (
+            {"also": {"o": 5}},
+            "'o' is 5; it must be a hookpoint, or hookpoint, signal and branch by name",
+        ),
         ({"also": {"o": ["mid_block", "input"]}}, "'o' is .'mid_block', 'input'.; it must"),
         ({"also": {"o": {"signal": "input"}}}, "'o' is .*; it must be a hookpoint"),
-        ({"also": {"o": {"hookpoint": "mid_block", "sginal": "input"}}}, "'o' is .*sginal.*; it must be a hookpoint"),
+        (
+            {"also": {"o": {"hookpoint": "mid_block", "sginal": "input"}}},
+            "'o' is .*sginal.*; it must be a hookpoint",
+        ),
         ({"also": {"o": {"hookpoint": 3}}}, "'o' is .*; it must be a hookpoint"),
     ],
 )
@@ -105,8 +173,17 @@ def test_a_further_tap_that_is_none_or_takes_anothers_place_is_named(changes, sa
     [
         ({}, {"r": (TOKENS, "output", "conditional")}),
         ({"branch": "unconditional", "signal": "input"}, {"r": (TOKENS, "input", "unconditional")}),
-        ({"branch": "both"}, {"r": (TOKENS, "output", "conditional"), "r-unconditional": (TOKENS, "output", "unconditional")}),
-        ({"also": {"o": "mid_block"}}, {"r": (TOKENS, "output", "conditional"), "o": ("mid_block", "output", "conditional")}),
+        (
+            {"branch": "both"},
+            {
+                "r": (TOKENS, "output", "conditional"),
+                "r-unconditional": (TOKENS, "output", "unconditional"),
+            },
+        ),
+        (
+            {"also": {"o": "mid_block"}},
+            {"r": (TOKENS, "output", "conditional"), "o": ("mid_block", "output", "conditional")},
+        ),
         (
             {"also": {"o": {"hookpoint": "mid_block", "signal": "update"}}},
             {"r": (TOKENS, "output", "conditional"), "o": ("mid_block", "update", "conditional")},
@@ -116,7 +193,9 @@ def test_a_further_tap_that_is_none_or_takes_anothers_place_is_named(changes, sa
 def test_each_tap_has_a_run_of_its_own(changes, expected):
     taps = jobs.taps_of(parameters("r", **changes))
     assert {folder.parent.name: tuple(tap) for folder, tap in taps.items()} == expected
-    assert list(taps)[0] == runs.run_folder("r") / "trajectories" and all(f.name == "trajectories" for f in taps)
+    assert list(taps)[0] == runs.run_folder("r") / "trajectories" and all(
+        f.name == "trajectories" for f in taps
+    )
 
 
 # --- in one process, as in a notebook -----------------------------------------------------------
@@ -135,12 +214,19 @@ def test_collecting_keeps_what_the_parameters_say(run):
         "signal": "output",
         "dtype": "float32",
     }
-    assert store.manifest.items() >= (about | {"branch": "conditional", "steps": [0, 1, 2], "tokens_per_image": 0}).items()
+    assert (
+        store.manifest.items()
+        >= (about | {"branch": "conditional", "steps": [0, 1, 2], "tokens_per_image": 0}).items()
+    )
     assert len(store.manifest["shards"]) == 5
 
 
 def test_other_branches_and_hookpoints_are_collected_in_the_same_pass(pipe, tmp_path, run):
-    p = parameters(tmp_path / "r", branch="both", also={str(tmp_path / "o"): {"hookpoint": "mid_block", "signal": "input"}})
+    p = parameters(
+        tmp_path / "r",
+        branch="both",
+        also={str(tmp_path / "o"): {"hookpoint": "mid_block", "signal": "input"}},
+    )
     jobs.collect(p, pipe)
     first = next(stores.Store(run[1] / "trajectories").shards("train"))
     assert torch.equal(next(stores.Store(tmp_path / "r" / "trajectories").shards("train")), first)
@@ -156,14 +242,18 @@ def test_machines_that_share_a_disk_each_collect_a_part(pipe, tmp_path, run):
     assert first["missing"] == 3 and not (tmp_path / "trajectories" / "manifest.json").exists()
     assert jobs.collect(p, pipe, shard_index=0, num_shards=2)["missing"] == 0
     for name in (*load_json(run[1] / "trajectories" / "manifest.json")["shards"], "manifest.json"):
-        assert (tmp_path / "trajectories" / name).read_bytes() == (run[1] / "trajectories" / name).read_bytes()
+        assert (tmp_path / "trajectories" / name).read_bytes() == (
+            run[1] / "trajectories" / name
+        ).read_bytes()
 
 
 def test_moments_are_those_of_all_shards_and_are_only_read_the_second_time(run, monkeypatch):
     p, folder, _, _ = run
     store = stores.Store(folder / "trajectories")
     first = next(store.shards("train")).double().permute(1, 0, 2, 3).flatten(1, 2).mean(1)
-    expected = [predictors.accumulate(store.shards(split), first) for split in ("train", "validation")]
+    expected = [
+        predictors.accumulate(store.shards(split), first) for split in ("train", "validation")
+    ]
     monkeypatch.setattr(predictors, "accumulate", None)
     for found, summed in zip(jobs.moments(p), expected):
         for name, value in vars(summed).items():
@@ -190,9 +280,19 @@ def test_training_is_that_of_the_residualized_batches(run):
         predictors.Predictors.load(folder / "predictors.safetensors"),
     )
     again, other = sae.train(
-        fitted.batches(store, "train", 32, 0), 96, 64, 4, n_steps=12, learning_rate=5e-3, dead_after=64, seed=0
-    )  # fmt: skip
-    assert all(torch.equal(a, b) for a, b in zip(trained.state_dict().values(), again.state_dict().values()))
+        fitted.batches(store, "train", 32, 0),
+        96,
+        64,
+        4,
+        n_steps=12,
+        learning_rate=5e-3,
+        dead_after=64,
+        seed=0,
+    )
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(trained.state_dict().values(), again.state_dict().values())
+    )
     assert history.fvu == other.fvu
 
 
@@ -200,7 +300,9 @@ def test_a_finished_training_is_only_loaded_unless_the_predictors_changed(run, m
     p, folder, trained, history = run
     monkeypatch.setattr(stores.Store, "batches", None)
     again, same = jobs.train(p)
-    assert torch.equal(again.W_dec, trained.W_dec) and asdict(same) | {"seconds": 0} == asdict(history) | {"seconds": 0}
+    assert torch.equal(again.W_dec, trained.W_dec) and asdict(same) | {"seconds": 0} == asdict(
+        history
+    ) | {"seconds": 0}
     path = folder / "predictors.safetensors"
     before = path.read_bytes()
     try:
@@ -222,7 +324,17 @@ def test_a_job_whose_input_is_missing_says_so(tmp_path, job):
 
 
 def test_an_empty_split_is_refused(pipe, tmp_path):
-    stores.collect(tmp_path / "trajectories", pipe, ["a dog"] * 2, [0, 1], ["train"] * 2, hookpoint=TOKENS, steps=[0, 2], batch_size=2, num_inference_steps=3)
+    stores.collect(
+        tmp_path / "trajectories",
+        pipe,
+        ["a dog"] * 2,
+        [0, 1],
+        ["train"] * 2,
+        hookpoint=TOKENS,
+        steps=[0, 2],
+        batch_size=2,
+        num_inference_steps=3,
+    )
     with pytest.raises(ValueError, match="no trajectories"):
         jobs.moments(parameters(tmp_path))
 
@@ -231,12 +343,28 @@ WRONG = {  # parameters, how they are asked for, and what is said
     "n_train": ({"n_train": -2}, jobs.prompts_of, "n_train is -2; it must be at least 1"),
     "n_validation": ({"n_validation": 0}, jobs.collect, "n_validation is 0; it must be at least 1"),
     "batch_size": ({"batch_size": 0}, jobs.collect, "batch_size is 0; it must be at least 1"),
-    "tokens_per_image": ({"tokens_per_image": -1}, jobs.collect, "tokens_per_image is -1; it must be at least 0"),
-    "seed": ({"seed": 2**60}, jobs.collect, f"seed is {2**60}; it must be at least 0 and at most {2**32 - 1}"),
-    "run": ({"run": "/dev/null/x"}, jobs.collect, "run: /dev/null/x/trajectories cannot be written, since /dev/null is no folder; .*"),
+    "tokens_per_image": (
+        {"tokens_per_image": -1},
+        jobs.collect,
+        "tokens_per_image is -1; it must be at least 0",
+    ),
+    "seed": (
+        {"seed": 2**60},
+        jobs.collect,
+        f"seed is {2**60}; it must be at least 0 and at most {2**32 - 1}",
+    ),
+    "run": (
+        {"run": "/dev/null/x"},
+        jobs.collect,
+        "run: /dev/null/x/trajectories cannot be written, since /dev/null is no folder; .*",
+    ),
     "store_dtype": ({"store_dtype": "int8"}, jobs.collect, "dtype 'int8' is not one of .*"),
     "n_updates": ({"n_updates": 0}, jobs.train, "n_updates is 0; it must be at least 1"),
-    "sae_batch_size": ({"sae_batch_size": 0}, jobs.train, "sae_batch_size is 0; it must be at least 1"),
+    "sae_batch_size": (
+        {"sae_batch_size": 0},
+        jobs.train,
+        "sae_batch_size is 0; it must be at least 1",
+    ),
     "dead_after": ({"dead_after": 0}, jobs.train, "dead_after is 0; it must be at least 1"),
     "accumulate": ({"accumulate": -1}, jobs.train, "accumulate is -1; it must be at least 1"),
 }
@@ -251,11 +379,24 @@ def test_what_cannot_be_is_named_before_a_model_is_loaded(tmp_path, monkeypatch,
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("share, said", [((0, 0), "num_shards is 0; it must be at least 1"), ((2, 2), "shard_index is 2; it must be at least 0 and at most 1"), ((-1, 2), "shard_index is -1")])
-def test_a_machines_part_that_cannot_be_is_named_before_a_model_is_loaded(tmp_path, monkeypatch, share, said):
+@pytest.mark.parametrize(
+    "share, said",
+    [
+        ((0, 0), "num_shards is 0; it must be at least 1"),
+        ((2, 2), "shard_index is 2; it must be at least 0 and at most 1"),
+        ((-1, 2), "shard_index is -1"),
+    ],
+)
+def test_a_machines_part_that_cannot_be_is_named_before_a_model_is_loaded(
+    tmp_path, monkeypatch, share, said
+):
     monkeypatch.setattr(runs, "load_pipeline", None)
     monkeypatch.setattr(runs, "parameters_for", lambda *_: parameters(tmp_path / "r"))
-    monkeypatch.setattr(sys, "argv", ["jobs", "collect", "any", f"--shard_index={share[0]}", f"--num_shards={share[1]}"])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        ["jobs", "collect", "any", f"--shard_index={share[0]}", f"--num_shards={share[1]}"],
+    )
     with pytest.raises(SystemExit, match=f"^error: {said}"):
         jobs.main()
 
@@ -268,7 +409,10 @@ def test_a_machines_part_that_cannot_be_is_named_before_a_model_is_loaded(tmp_pa
     [
         (["collect", "sd99"], "there is no parameter file sd99.yaml; valid are "),
         (["train", "absent/file.yaml"], "there is no parameter file file.yaml"),
-        (["moments", "{tmp}/odd.yaml"], "no notebook has a parameter 'n_trian'; did you mean n_train"),
+        (
+            ["moments", "{tmp}/odd.yaml"],
+            "no notebook has a parameter 'n_trian'; did you mean n_train",
+        ),
         (["moments", "{tmp}/empty.yaml"], "run 01_collect_trajectories first"),
     ],
 )
@@ -278,7 +422,11 @@ def test_a_job_from_the_shell_ends_with_one_sentence(tmp_path, monkeypatch, give
     monkeypatch.setattr(sys, "argv", ["jobs", *(g.format(tmp=tmp_path) for g in given)])
     with pytest.raises(SystemExit) as end:
         jobs.main()
-    assert str(end.value).startswith("error: ") and said in str(end.value) and "\n" not in str(end.value)
+    assert (
+        str(end.value).startswith("error: ")
+        and said in str(end.value)
+        and "\n" not in str(end.value)
+    )
 
 
 def test_an_unknown_job_is_named_with_the_valid_ones(monkeypatch, capsys):
@@ -295,10 +443,20 @@ def test_an_unknown_job_is_named_with_the_valid_ones(monkeypatch, capsys):
 def start(*command, folder):
     """Run Python as a user would, without a GPU; returns what it wrote to stdout and stderr."""
     env = {k: v for k, v in os.environ.items() if k not in ("WORLD_SIZE", "RANK", "LOCAL_RANK")}
-    env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]), "CUDA_VISIBLE_DEVICES": ""}
+    env |= {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]),
+        "CUDA_VISIBLE_DEVICES": "",
+    }
     pipe = subprocess.PIPE
     child = subprocess.Popen(
-        [sys.executable, *map(str, command)], cwd=folder, env=env, stdout=pipe, stderr=pipe, text=True, start_new_session=True
+        [sys.executable, *map(str, command)],
+        cwd=folder,
+        env=env,
+        stdout=pipe,
+        stderr=pipe,
+        text=True,
+        start_new_session=True,
     )
     try:
         out, err = child.communicate(timeout=150)
@@ -344,9 +502,22 @@ def launched(run, tmp_path_factory):
     (folder / "p.yaml").write_text(yaml.safe_dump(p))
     (folder / "two.py").write_text(LAUNCHED)
     said = start(
-        "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", 2, "--num_machines", 1, "--mixed_precision", "no",
-        "--dynamo_backend", "no", "--main_process_port", free_port(), "two.py", folder=folder,
-    )  # fmt: skip
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes",
+        2,
+        "--num_machines",
+        1,
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+        "--main_process_port",
+        free_port(),
+        "two.py",
+        folder=folder,
+    )
     return folder / "run", *said
 
 
@@ -360,14 +531,21 @@ def test_two_processes_collect_the_same_bytes(run, launched):
 def test_two_processes_sum_the_same_moments_and_fit_the_same_predictors(run, launched):
     for split in ("train", "validation"):
         (one, record), (two, other) = (
-            predictors.Moments.load(f / "moments" / f"{split}.safetensors") for f in (run[1], launched[0])
+            predictors.Moments.load(f / "moments" / f"{split}.safetensors")
+            for f in (run[1], launched[0])
         )
         assert record == other and one.count == two.count and torch.equal(one.shift, two.shift)
         for name in ("total", "square", "cross"):
             a, b = getattr(one, name), getattr(two, name)
             assert (a - b).norm() <= 1e-12 * a.norm(), name
     one, two = (
-        predictors.fit(*(predictors.Moments.load(f / "moments" / f"{s}.safetensors")[0] for s in ("train", "validation")), dtype=torch.float64)
+        predictors.fit(
+            *(
+                predictors.Moments.load(f / "moments" / f"{s}.safetensors")[0]
+                for s in ("train", "validation")
+            ),
+            dtype=torch.float64,
+        )
         for f in (run[1], launched[0])
     )
     for name in ("mu", "scale", "A", "b", "rho", "strength"):
@@ -427,7 +605,13 @@ def test_a_notebook_launches_two_processes(run, tmp_path):
     (tmp_path / "notebook.py").write_text(NOTEBOOK)
     out, err = start("notebook.py", "p.json", free_port(), folder=tmp_path)
     assert out.splitlines()[-1] == "alone 96" and "Traceback" not in err and "Warning" not in err
-    one, two = (predictors.Moments.load(tmp_path / name / "moments" / "train.safetensors")[0] for name in ("run", "run-2"))
-    assert one.count == two.count == 96 and (one.square - two.square).norm() <= 1e-12 * one.square.norm()
+    one, two = (
+        predictors.Moments.load(tmp_path / name / "moments" / "train.safetensors")[0]
+        for name in ("run", "run-2")
+    )
+    assert (
+        one.count == two.count == 96
+        and (one.square - two.square).norm() <= 1e-12 * one.square.norm()
+    )
     (path,) = (tmp_path / "run" / "checkpoints").iterdir()
     assert load_tensors(path)[1]["done"] == 3

@@ -10,16 +10,24 @@ def naive_shares(mask, grid):
     rows, columns = np.array(mask.shape) // grid
     return np.array(
         [
-            [mask[r * rows : (r + 1) * rows, c * columns : (c + 1) * columns].mean() for c in range(grid[1])]
+            [
+                mask[r * rows : (r + 1) * rows, c * columns : (c + 1) * columns].mean()
+                for c in range(grid[1])
+            ]
             for r in range(grid[0])
         ]
     )
 
 
-@given(seed=st.integers(0, 1000), grid=st.tuples(st.sampled_from([1, 2, 4, 8]), st.sampled_from([1, 2, 4, 8, 16])))
+@given(
+    seed=st.integers(0, 1000),
+    grid=st.tuples(st.sampled_from([1, 2, 4, 8]), st.sampled_from([1, 2, 4, 8, 16])),
+)
 def test_a_tokens_share_is_the_mean_of_its_patch(seed, grid):
     mask = np.random.default_rng(seed).random((8, 16)) < 0.5
-    np.testing.assert_allclose(labels.token_shares(mask, grid), naive_shares(mask, grid), atol=1e-12)
+    np.testing.assert_allclose(
+        labels.token_shares(mask, grid), naive_shares(mask, grid), atol=1e-12
+    )
 
 
 def found(rows, columns, colour="red", shape="circle"):
@@ -31,7 +39,9 @@ def found(rows, columns, colour="red", shape="circle"):
 def test_labels_of_readings_worked_by_hand():
     one = found(slice(0, 32), slice(0, 40))  # covers token 0 of 2×2, a quarter of token 1
     reading = scenes.Reading((one,), "sky")
-    made = labels.from_readings([reading, scenes.Reading((), None), scenes.Reading((), "white")], (2, 2))
+    made = labels.from_readings(
+        [reading, scenes.Reading((), None), scenes.Reading((), "white")], (2, 2)
+    )
     at = {name: made.at_tokens()[:, :, i].tolist() for i, name in enumerate(made.names)}
     none, every = [False] * 4, [True] * 4
     assert at["colour=red"] == at["shape=circle"] == [[True, False, False, False], none, none]
@@ -39,7 +49,10 @@ def test_labels_of_readings_worked_by_hand():
     assert at["background=white"] == [none, none, every]
     assert at["colour=blue"] == [none] * 3
     assert made.of_kind(0).tolist() == [[True, False, False, False], none, none]
-    assert made.kind_of(made.names.index("colour=red")) == 0 and made.kind_of(made.names.index("background=sky")) == 1
+    assert (
+        made.kind_of(made.names.index("colour=red")) == 0
+        and made.kind_of(made.names.index("background=sky")) == 1
+    )
 
 
 def test_readings_of_nothing_give_no_labels():
@@ -59,7 +72,10 @@ def test_shuffling_exchanges_labels_among_things_of_one_kind(seed):
     rng = np.random.default_rng(seed)
     colours = list(scenes.COLOURS)
     readings = [
-        scenes.Reading((found(slice(0, 32), slice(0, 32), colours[i % 6]),), ("white", "sky")[i % 2]) for i in range(12)
+        scenes.Reading(
+            (found(slice(0, 32), slice(0, 32), colours[i % 6]),), ("white", "sky")[i % 2]
+        )
+        for i in range(12)
     ]
     made = labels.from_readings(readings, (2, 2))
     other = made.shuffled(rng)
@@ -71,7 +87,12 @@ def test_shuffling_exchanges_labels_among_things_of_one_kind(seed):
 
 
 def test_words_are_those_neither_rare_nor_everywhere():
-    prompts = ["a photo of a Dog, dog", "a photo of a cat", "a photo of a bird", "a photo of a dog and an ox"]
+    prompts = [
+        "a photo of a Dog, dog",
+        "a photo of a cat",
+        "a photo of a bird",
+        "a photo of a dog and an ox",
+    ]
     made = labels.from_words(prompts, 3)
     assert set(made.names) == {"word=dog", "word=cat", "word=bird", "word=and"}
     dog = made.at_tokens()[:, :, made.names.index("word=dog")]

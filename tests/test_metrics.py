@@ -99,7 +99,9 @@ def test_squared_errors_are_those_of_each_image_and_step(activations):
     for i in range(4):
         for s in range(3):
             assert error[i, s] == pytest.approx(10 * (3 * i + s) ** 2, rel=1e-5)
-            assert spread[i, s] == pytest.approx(sum(float((x[i, s, t] - mean[s]).pow(2).sum()) for t in range(5)), rel=1e-5)
+            assert spread[i, s] == pytest.approx(
+                sum(float((x[i, s, t] - mean[s]).pow(2).sum()) for t in range(5)), rel=1e-5
+            )
 
 
 def test_intervals_resample_images_not_tokens():
@@ -125,7 +127,9 @@ def test_intervals_resample_images_not_tokens():
     ],
 )
 def test_auroc_worked_by_hand(scores, labels, value):
-    assert same(metrics.auroc(np.array(scores)[:, None], np.array(labels, bool)[:, None]), [[value]])
+    assert same(
+        metrics.auroc(np.array(scores)[:, None], np.array(labels, bool)[:, None]), [[value]]
+    )
 
 
 @given(
@@ -159,7 +163,9 @@ def test_the_interval_of_auroc_resamples_images():
 
 
 def test_the_interval_of_a_label_that_never_holds_is_nan():
-    estimate = metrics.of_resampled(metrics.resampled_auroc(np.arange(6.0), np.zeros(6, bool), np.arange(6), 6))
+    estimate = metrics.of_resampled(
+        metrics.resampled_auroc(np.arange(6.0), np.zeros(6, bool), np.arange(6), 6)
+    )
     assert same(estimate, [nan] * 3)
 
 
@@ -178,7 +184,10 @@ def test_resampled_auroc_draws_the_same_images_whoever_takes_part():
 def test_the_interval_of_a_share_is_wilsons(n_true, n):
     z = 1.959963984540054
     p = n_true / n
-    centre, half = (p + z**2 / (2 * n)) / (1 + z**2 / n), z * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2)) / (1 + z**2 / n)
+    centre, half = (
+        (p + z**2 / (2 * n)) / (1 + z**2 / n),
+        z * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2)) / (1 + z**2 / n),
+    )
     estimate = metrics.share(np.arange(n) < n_true)
     assert estimate == pytest.approx((p, max(0, centre - half), min(1, centre + half)))
     assert estimate.low < estimate.high
@@ -201,7 +210,9 @@ def test_the_share_of_nothing_is_nan():
     ],
 )
 def test_cosines_worked_by_hand(a, b, value):
-    np.testing.assert_allclose(metrics.cosine(np.array(a, float), np.array(b, float)), value, atol=1e-12)
+    np.testing.assert_allclose(
+        metrics.cosine(np.array(a, float), np.array(b, float)), value, atol=1e-12
+    )
 
 
 # --- sparse codes -------------------------------------------------------------------------------
@@ -218,13 +229,19 @@ def some_codes(seed=0, n=150, latents=12):
 
 
 @pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize("kind", [scipy.sparse.csr_matrix, scipy.sparse.csc_matrix, scipy.sparse.coo_matrix])
+@pytest.mark.parametrize(
+    "kind", [scipy.sparse.csr_matrix, scipy.sparse.csc_matrix, scipy.sparse.coo_matrix]
+)
 def test_auroc_of_sparse_codes_is_that_of_dense_ones(seed, kind):
     codes, labels = some_codes(seed)
-    np.testing.assert_allclose(metrics.auroc(kind(codes), labels), metrics.auroc(codes, labels), rtol=1e-12)
+    np.testing.assert_allclose(
+        metrics.auroc(kind(codes), labels), metrics.auroc(codes, labels), rtol=1e-12
+    )
 
 
 def test_sparse_ranks_worked_by_hand():
-    codes = np.array([[0.0], [5.0], [2.0], [5.0], [0.0]])  # two zeros share rank 1.5, then 2 at 3, then two fives at 4.5
+    codes = np.array(
+        [[0.0], [5.0], [2.0], [5.0], [0.0]]
+    )  # two zeros share rank 1.5, then 2 at 3, then two fives at 4.5
     ranks, of_zero = metrics.sparse_ranks(scipy.sparse.csr_matrix(codes))
     assert ranks.toarray()[:, 0].tolist() == [0, 4.5, 3, 4.5, 0] and of_zero.tolist() == [1.5]

@@ -54,7 +54,9 @@ def test_lines_over_a_heat_map_stand_where_the_image_has_edges(ax):
     image[:, 20:] = 1
     plotting.overlay(ax, image, np.zeros((2, 4)), vmax=1)
     opacity = ax.images[1].get_array()[..., 3]
-    assert (opacity[:, 19:21] > 0.4).all() and not opacity[:, :19].any() and not opacity[:, 21:].any()
+    assert (
+        (opacity[:, 19:21] > 0.4).all() and not opacity[:, :19].any() and not opacity[:, 21:].any()
+    )
 
 
 @pytest.mark.parametrize("row, column", [(0, 3), (1, 0), (1, 2)])
@@ -82,10 +84,14 @@ def test_a_strip_shows_the_image_and_every_step_on_one_scale():
     plt.close(fig)
 
 
-@pytest.mark.parametrize("heat, vmax, expected", [(0.0, None, 1.0), (3.0, 10.0, 10.0), (3.0, None, 3.0)])
+@pytest.mark.parametrize(
+    "heat, vmax, expected", [(0.0, None, 1.0), (3.0, 10.0, 10.0), (3.0, None, 3.0)]
+)
 def test_the_scale_of_a_strip(heat, vmax, expected):
     fig, axes = plt.subplots(1, 2)
-    shown = plotting.heat_strip(axes, IMAGE, np.full((1, 2, 4), heat), [1.0], vmax=vmax, titles=False)
+    shown = plotting.heat_strip(
+        axes, IMAGE, np.full((1, 2, 4), heat), [1.0], vmax=vmax, titles=False
+    )
     assert shown.get_clim() == (0, expected) and axes[1].get_title() == ""
     plt.close(fig)
 
@@ -123,11 +129,16 @@ def test_the_same_figure_gives_the_same_bytes_and_says_where_it_is_from(tmp_path
     for suffix in ("pdf", "png"):
         a, b = ((tmp_path / folder / "new" / f"f.{suffix}").read_bytes() for folder in "ab")
         assert a == b and b"CreationDate" not in a
-    assert Image.open(tmp_path / "a" / "new" / "f.png").text["Description"] == "commit=abc; notebook=05"
+    assert (
+        Image.open(tmp_path / "a" / "new" / "f.png").text["Description"]
+        == "commit=abc; notebook=05"
+    )
     assert b"commit=abc; notebook=05" in (tmp_path / "a" / "new" / "f.pdf").read_bytes()
 
 
-def test_a_figure_that_cannot_be_saved_leaves_the_old_one_and_nothing_beside_it(tmp_path, monkeypatch):
+def test_a_figure_that_cannot_be_saved_leaves_the_old_one_and_nothing_beside_it(
+    tmp_path, monkeypatch
+):
     fig = figure()
     plotting.save_figure(fig, tmp_path, "f")
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
@@ -154,15 +165,24 @@ def test_tiles_lie_in_reading_order_with_a_white_gap():
     images = np.stack([np.full((3, 5, 3), v) for v in (0.0, 0.2, 0.4)])
     sheet = np.asarray(plotting.tile(images, 2))
     assert sheet.shape == (8, 12, 3)
-    assert (sheet[:3, :5] == 0).all() and (sheet[:3, 7:] == 51).all() and (sheet[5:, :5] == 102).all()
-    assert (sheet[3:5] == 255).all() and (sheet[:, 5:7] == 255).all() and (sheet[5:, 7:] == 255).all()
+    assert (
+        (sheet[:3, :5] == 0).all() and (sheet[:3, 7:] == 51).all() and (sheet[5:, :5] == 102).all()
+    )
+    assert (
+        (sheet[3:5] == 255).all() and (sheet[:, 5:7] == 255).all() and (sheet[5:, 7:] == 255).all()
+    )
 
 
 def test_a_figure_that_cannot_be_written_is_told_in_one_sentence(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match=r"^figures: .*file cannot be made \(.*\); give another run, or make the folder writable$"):
+    with pytest.raises(
+        OSError,
+        match=r"^figures: .*file cannot be made \(.*\); give another run, or make the folder writable$",
+    ):
         plotting.save_figure(figure(), tmp_path / "file", "x")
     (tmp_path / "x.pdf").mkdir()
-    with pytest.raises(OSError, match=r"^figures: .*x.pdf could not be written \(.*\); free some disk space"):
+    with pytest.raises(
+        OSError, match=r"^figures: .*x.pdf could not be written \(.*\); free some disk space"
+    ):
         plotting.save_figure(figure(), tmp_path, "x")
     assert not list(tmp_path.glob(".x*"))

@@ -60,7 +60,9 @@ def test_moments_do_not_depend_on_how_images_are_cut_into_shards(seed, cuts):
     for other in (accumulate(shards, whole.shift), sum(parts[1:], parts[0])):
         assert other.count == whole.count
         for name in ("total", "square", "cross"):
-            torch.testing.assert_close(getattr(other, name), getattr(whole, name), rtol=1e-10, atol=1e-9)
+            torch.testing.assert_close(
+                getattr(other, name), getattr(whole, name), rtol=1e-10, atol=1e-9
+            )
 
 
 @pytest.mark.parametrize("n", [1, 3, 40])
@@ -105,7 +107,9 @@ def test_moments_start_from_the_first_shards_mean():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("device", ["cpu", torch.device("cpu"), "mps"])  # MPS has no float64, so the CPU does it
+@pytest.mark.parametrize(
+    "device", ["cpu", torch.device("cpu"), "mps"]
+)  # MPS has no float64, so the CPU does it
 def test_moments_are_float64_on_the_cpu_whatever_they_are_summed_from(dtype, device):
     h = recorded().to(dtype)
     m, expected = accumulate([h], device=device), accumulate([h.double()])
@@ -131,20 +135,33 @@ class Processes:
 def test_moments_of_several_processes_add_up_and_an_idle_one_adds_nothing():
     h = recorded(offset=3)
     whole = accumulate([h])
-    parts = [accumulate([h[:5]], whole.shift), accumulate([h[5:]], whole.shift), Moments.none(whole.shift)]
+    parts = [
+        accumulate([h[:5]], whole.shift),
+        accumulate([h[5:]], whole.shift),
+        Moments.none(whole.shift),
+    ]
     together = parts[0].summed(Processes(parts))
     assert together.count == whole.count and isinstance(together.count, int)
     for name in ("shift", "total", "square", "cross"):
-        torch.testing.assert_close(getattr(together, name), getattr(whole, name), rtol=1e-12, atol=1e-10)
+        torch.testing.assert_close(
+            getattr(together, name), getattr(whole, name), rtol=1e-12, atol=1e-10
+        )
     alone = whole + parts[2]
-    assert all(torch.equal(torch.as_tensor(v), torch.as_tensor(getattr(whole, name))) for name, v in vars(alone).items())
+    assert all(
+        torch.equal(torch.as_tensor(v), torch.as_tensor(getattr(whole, name)))
+        for name, v in vars(alone).items()
+    )
 
 
 def test_moments_come_back_from_their_file(tmp_path):
     moments = accumulate([recorded()])
     moments.save(tmp_path / "m.safetensors", {"trajectories": "12ab"})
     loaded, record = Moments.load(tmp_path / "m.safetensors")
-    assert record == {"trajectories": "12ab"} and loaded.count == moments.count and isinstance(loaded.count, int)
+    assert (
+        record == {"trajectories": "12ab"}
+        and loaded.count == moments.count
+        and isinstance(loaded.count, int)
+    )
     for name in ("shift", "total", "square", "cross"):
         assert torch.equal(getattr(loaded, name), getattr(moments, name))
     for name, value in vars(fit(loaded, loaded)).items():
@@ -172,7 +189,9 @@ def test_coefficients_are_those_of_sklearns_ridge(strength, offset):
     scale = np.sqrt(((x - mu) ** 2).mean((0, 2)))
     x = (x - mu) / scale[:, None]
     for s in range(1, S):
-        ridge = Ridge(alpha=strength * np.trace(x[:, s - 1].T @ x[:, s - 1]) / D, tol=1e-12).fit(x[:, s - 1], x[:, s])
+        ridge = Ridge(alpha=strength * np.trace(x[:, s - 1].T @ x[:, s - 1]) / D, tol=1e-12).fit(
+            x[:, s - 1], x[:, s]
+        )
         np.testing.assert_allclose(p.A[s], ridge.coef_.T, atol=1e-6)
         np.testing.assert_allclose(p.b[s], ridge.intercept_, atol=1e-6)
         assert p.strength[s] == pytest.approx(strength)
@@ -212,12 +231,24 @@ def test_the_strength_is_the_best_of_those_tried_on_held_out_images():
     train = accumulate([few])
     held = accumulate([validation], train.shift)
     chosen = fit(train, held).strength[1:]
-    errors = [(residuals(fit(train, held, (s,)), validation)[1][:, 1:] ** 2).sum((0, 2)) for s in STRENGTHS]
+    errors = [
+        (residuals(fit(train, held, (s,)), validation)[1][:, 1:] ** 2).sum((0, 2))
+        for s in STRENGTHS
+    ]
     np.testing.assert_allclose(chosen, np.array(STRENGTHS)[np.argmin(errors, axis=0)], rtol=1e-5)
     assert (chosen > min(STRENGTHS)).all()
 
 
-@pytest.mark.parametrize("strengths, said", [((0.1, -1), "holds -1;"), ((float("nan"),), "holds nan;"), ((float("inf"), 1), "holds inf;"), (("a",), "holds 'a';"), ((), "is empty;")])
+@pytest.mark.parametrize(
+    "strengths, said",
+    [
+        ((0.1, -1), "holds -1;"),
+        ((float("nan"),), "holds nan;"),
+        ((float("inf"), 1), "holds inf;"),
+        (("a",), "holds 'a';"),
+        ((), "is empty;"),
+    ],
+)
 def test_strengths_that_mean_nothing_are_refused(fitted, strengths, said):
     moments = accumulate([recorded()])
     with pytest.raises(ValueError, match=f"^ridge_strengths {said}.*of at least 0$"):
@@ -226,16 +257,24 @@ def test_strengths_that_mean_nothing_are_refused(fitted, strengths, said):
 
 def test_a_predictor_that_is_not_determined_is_refused_and_another_strength_chosen():
     h = recorded()
-    h[..., 1] = 7  # a channel that never varies, so that without ridge anything may be its coefficient
+    h[..., 1] = (
+        7  # a channel that never varies, so that without ridge anything may be its coefficient
+    )
     moments = accumulate([h])
-    with pytest.raises(ValueError, match=r"^ridge_strengths \[0\]: .*kept step number 1 is not determined; valid is a number above 0"):
+    with pytest.raises(
+        ValueError,
+        match=r"^ridge_strengths \[0\]: .*kept step number 1 is not determined; valid is a number above 0",
+    ):
         fit(moments, moments, [0])
     assert fit(moments, moments, [0, 0.1]).strength[1] == pytest.approx(0.1)
 
 
 def test_moments_of_no_trajectories_are_refused():
     moments = accumulate([recorded()])
-    for train, validation in ((Moments.none(moments.shift), moments), (moments, Moments.none(moments.shift))):
+    for train, validation in (
+        (Moments.none(moments.shift), moments),
+        (moments, Moments.none(moments.shift)),
+    ):
         with pytest.raises(ValueError, match="no trajectories"):
             fit(train, validation)
 
@@ -296,9 +335,13 @@ def test_restore_is_the_recurrence(seed):
 
 def test_restore_worked_by_hand():
     p = Predictors(
-        mu=torch.zeros(3, 1), scale=torch.ones(3), A=torch.tensor([0.0, 2.0, -1.0]).view(3, 1, 1),
-        b=torch.tensor([[0.0], [1.0], [5.0]]), rho=torch.tensor([1.0, 0.5, 2.0]), strength=torch.zeros(3),
-    )  # fmt: skip
+        mu=torch.zeros(3, 1),
+        scale=torch.ones(3),
+        A=torch.tensor([0.0, 2.0, -1.0]).view(3, 1, 1),
+        b=torch.tensor([[0.0], [1.0], [5.0]]),
+        rho=torch.tensor([1.0, 0.5, 2.0]),
+        strength=torch.zeros(3),
+    )
     y = torch.tensor([[3.0, 4.0, 1.0]])
     assert p.restore(y).flatten().tolist() == [3, 9, -2]  # 3; 3·2 + 1 + 2; 9·(-1) + 5 + 2
     assert p.feature_trajectories(y).flatten().tolist() == [3, 8, -6]  # 3; 3·2 + 2; 8·(-1) + 2
@@ -309,14 +352,21 @@ def test_feature_trajectories_are_linear(seed, a, c):
     p = some_predictors(seed=seed)
     v, w = torch.randn(2, 5, 12, generator=torch.Generator().manual_seed(seed))
     together = p.feature_trajectories(a * v + c * w)
-    torch.testing.assert_close(together, a * p.feature_trajectories(v) + c * p.feature_trajectories(w), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        together,
+        a * p.feature_trajectories(v) + c * p.feature_trajectories(w),
+        rtol=1e-4,
+        atol=1e-4,
+    )
 
 
 @given(seed=seeds)
 def test_a_feature_trajectory_is_what_its_direction_adds(seed):
     p = some_predictors(seed=seed)
     y, w = torch.randn(2, 5, 12, generator=torch.Generator().manual_seed(seed))
-    torch.testing.assert_close(p.restore(y + w) - p.restore(y), p.feature_trajectories(w), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        p.restore(y + w) - p.restore(y), p.feature_trajectories(w), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_leading_dimensions_are_kept():
@@ -354,7 +404,9 @@ def test_batches_are_the_stores_residualized(fitted, start, share):
 def test_predictors_move_to_another_device_whole(fitted, device):
     _, _, p = fitted
     moved = p.to(device)
-    assert isinstance(moved, Predictors) and all(v.device.type == device for v in vars(moved).values())
+    assert isinstance(moved, Predictors) and all(
+        v.device.type == device for v in vars(moved).values()
+    )
     assert moved.residualize(torch.randn(2, S, D, device=device)).device.type == device
     assert all(v.device.type == "cpu" for v in vars(p).values())
 
@@ -391,14 +443,21 @@ def test_a_file_that_holds_no_moments_is_named(tmp_path, fitted):
     fitted[2].save(tmp_path / "p.safetensors")
     files.save_tensors(tmp_path / "part.safetensors", {"count": torch.tensor(3)})
     for name in ("p", "part"):
-        with pytest.raises(ValueError, match=f"{name}.safetensors does not hold moments; delete it"):
+        with pytest.raises(
+            ValueError, match=f"{name}.safetensors does not hold moments; delete it"
+        ):
             Moments.load(tmp_path / f"{name}.safetensors")
 
 
 @pytest.mark.parametrize("name", ["moments", "predictors"])
 def test_a_flipped_byte_is_noticed(tmp_path, fitted, name):
-    what, path = accumulate([recorded()]) if name == "moments" else fitted[2], tmp_path / f"{name}.safetensors"
+    what, path = (
+        accumulate([recorded()]) if name == "moments" else fitted[2],
+        tmp_path / f"{name}.safetensors",
+    )
     what.save(path)
-    path.write_bytes(path.read_bytes()[:-9] + bytes([path.read_bytes()[-9] ^ 1]) + path.read_bytes()[-8:])
+    path.write_bytes(
+        path.read_bytes()[:-9] + bytes([path.read_bytes()[-9] ^ 1]) + path.read_bytes()[-8:]
+    )
     with pytest.raises(ValueError, match=f"{name}.safetensors is damaged"):
         type(what).load(path)

@@ -7,20 +7,27 @@ from helpers.prompts import read_prompts
 
 PROMPTS = ["a dog", 'a cät, "two" cats', "7", "three\tbirds"]
 TABLES = {
-    "p.txt": "a dog\n\n  a cät, \"two\" cats \n   \n7\nthree\tbirds\n",
-    "p": "a dog\na cät, \"two\" cats\n7\nthree\tbirds",
+    "p.txt": 'a dog\n\n  a cät, "two" cats \n   \n7\nthree\tbirds\n',
+    "p": 'a dog\na cät, "two" cats\n7\nthree\tbirds',
     "p.csv": 'n,prompt\n1,a dog\n2,\n3,"a cät, ""two"" cats"\n4,   \n5,7\n6,three\tbirds\n',
     "p.tsv": 'n\tprompt\n1\ta dog\n2\t\n3\t"a cät, ""two"" cats"\n4\t  \n5\t7\n6\t"three\tbirds"\n',
-    "p.jsonl": "".join(json.dumps({"n": i, "prompt": p}) + "\n" for i, p in enumerate([*PROMPTS[:2], None, " ", *PROMPTS[2:]])),
-    "p.json": json.dumps([{"n": i, "prompt": p} for i, p in enumerate([*PROMPTS[:2], None, "", *PROMPTS[2:]])]),
+    "p.jsonl": "".join(
+        json.dumps({"n": i, "prompt": p}) + "\n"
+        for i, p in enumerate([*PROMPTS[:2], None, " ", *PROMPTS[2:]])
+    ),
+    "p.json": json.dumps(
+        [{"n": i, "prompt": p} for i, p in enumerate([*PROMPTS[:2], None, "", *PROMPTS[2:]])]
+    ),
     "p.parquet": [*PROMPTS[:2], None, "  ", *PROMPTS[2:]],
-}  # fmt: skip
+}
 WITH_COLUMNS = ["p.csv", "p.tsv", "p.jsonl", "p.json", "p.parquet"]
 
 
 @pytest.fixture(autouse=True)
 def unreported(monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_UPDATE_DOWNLOAD_COUNTS", False)  # else even local files are told to the hub
+    monkeypatch.setattr(
+        datasets.config, "HF_UPDATE_DOWNLOAD_COUNTS", False
+    )  # else even local files are told to the hub
 
 
 @pytest.fixture
@@ -51,7 +58,9 @@ def test_prompts_are_the_rows_that_hold_something(source, name):
 def test_prompts_come_from_the_named_column(source, name):
     path = source(name, "caption")
     assert read_prompts(path, 3, "caption") == PROMPTS[:3]
-    with pytest.raises(ValueError, match=f"prompt_column 'prompt' is not in .*{name}'; valid are n, caption"):
+    with pytest.raises(
+        ValueError, match=f"prompt_column 'prompt' is not in .*{name}'; valid are n, caption"
+    ):
         read_prompts(path)
 
 
@@ -60,7 +69,13 @@ def test_numbers_are_prompts_too(source):
 
 
 @pytest.mark.parametrize(
-    "name, content", [("e.txt", "\n \n"), ("e.csv", "prompt\n"), ("e.csv", 'prompt\n" "\n'), ("e.jsonl", '{"prompt": ""}\n')]
+    "name, content",
+    [
+        ("e.txt", "\n \n"),
+        ("e.csv", "prompt\n"),
+        ("e.csv", 'prompt\n" "\n'),
+        ("e.jsonl", '{"prompt": ""}\n'),
+    ],
 )
 def test_a_file_without_prompts_is_named(tmp_path, name, content):
     (tmp_path / name).write_text(content)
@@ -68,7 +83,10 @@ def test_a_file_without_prompts_is_named(tmp_path, name, content):
         read_prompts(tmp_path / name)
 
 
-@pytest.mark.parametrize("name, content", [("bad.parquet", b"no parquet"), ("bad.json", b'{"prompt": '), ("empty.csv", b"")])
+@pytest.mark.parametrize(
+    "name, content",
+    [("bad.parquet", b"no parquet"), ("bad.json", b'{"prompt": '), ("empty.csv", b"")],
+)
 def test_a_table_that_cannot_be_read_is_named_in_one_sentence(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=f"prompts '.*{name}' could not be read") as refused:
@@ -98,7 +116,9 @@ def test_a_dataset_that_the_network_does_not_give_is_named_in_one_sentence(monke
         raise ConnectionError("Couldn't reach 'owner/name' on the Hub\n(a long story)")
 
     monkeypatch.setattr(datasets, "load_dataset", offline)
-    with pytest.raises(ValueError, match="prompts 'owner/name' could not be read.*Couldn't reach.*training split") as refused:
+    with pytest.raises(
+        ValueError, match="prompts 'owner/name' could not be read.*Couldn't reach.*training split"
+    ) as refused:
         read_prompts("owner/name")
     assert "\n" not in str(refused.value)
 
@@ -118,5 +138,8 @@ def test_a_dataset_on_the_hub_is_streamed(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert read_prompts("owner/some-name", 3, "caption") == ["prompt 0", "prompt 2", "prompt 4"]
     assert asked == [("owner/some-name", "train", True)] and len(drawn) < 20
-    with pytest.raises(ValueError, match="prompt_column 'prompt' is not in 'owner/some-name'; valid are caption, other"):
+    with pytest.raises(
+        ValueError,
+        match="prompt_column 'prompt' is not in 'owner/some-name'; valid are caption, other",
+    ):
         read_prompts("owner/some-name", 3)

@@ -22,7 +22,9 @@ def project(tmp_path, monkeypatch):
     return root
 
 
-@pytest.mark.parametrize("run", ["", ".", "..", "...", "a/b", "../up", "a b", "~", "a\n", "a\\b", "*"])
+@pytest.mark.parametrize(
+    "run", ["", ".", "..", "...", "a/b", "../up", "a b", "~", "a\n", "a\\b", "*"]
+)
 def test_bad_run_names_are_refused_by_name(run):
     with pytest.raises(ValueError) as refused:
         runs.run_folder(run)
@@ -46,7 +48,9 @@ def test_an_unknown_device_is_named_with_those_that_are_here(device):
         runs.choose_device(device)
 
 
-@pytest.mark.parametrize("cuda, mps, chosen", [(True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")])
+@pytest.mark.parametrize(
+    "cuda, mps, chosen", [(True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")]
+)
 def test_the_best_device_is_chosen_and_absent_ones_are_refused(monkeypatch, cuda, mps, chosen):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
@@ -74,7 +78,9 @@ def test_dtypes(dtype, auto, expected):
 
 @pytest.mark.parametrize("dtype", ["float8", "fp16", "", "torch.float32"])
 def test_an_unknown_dtype_is_named_with_the_valid_ones(dtype):
-    with pytest.raises(ValueError, match=f"dtype '{dtype}' is not one of 'auto', 'float32', 'float16', 'bfloat16'"):
+    with pytest.raises(
+        ValueError, match=f"dtype '{dtype}' is not one of 'auto', 'float32', 'float16', 'bfloat16'"
+    ):
         runs.choose_dtype(dtype)
 
 
@@ -83,7 +89,9 @@ def test_a_pipeline_in_a_folder_is_loaded_as_it_was_saved(pipe, prompts, tmp_pat
     loaded = runs.load_pipeline(str(tmp_path / "model"), "cpu", "float32")
     images = [trajectories.generate(p, prompts[:1], [0], **SAMPLING) for p in (pipe, loaded)]
     np.testing.assert_allclose(*images, atol=1e-5)
-    assert runs.load_pipeline(str(tmp_path / "model"), "cpu", "bfloat16").unet.dtype == torch.bfloat16
+    assert (
+        runs.load_pipeline(str(tmp_path / "model"), "cpu", "bfloat16").unet.dtype == torch.bfloat16
+    )
 
 
 def test_a_folder_that_holds_no_model_is_named(tmp_path):
@@ -93,7 +101,8 @@ def test_a_folder_that_holds_no_model_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "value, high, right", [(1, None, True), (0, None, False), (3, 3, True), (4, 3, False), (float("nan"), None, False)]
+    "value, high, right",
+    [(1, None, True), (0, None, False), (3, 3, True), (4, 3, False), (float("nan"), None, False)],
 )
 def test_require_names_what_is_out_of_range(value, high, right):
     if right:
@@ -114,7 +123,9 @@ def test_a_file_made_from_another_version_is_refused(tmp_path):
             runs.require_same(record, "predictors", path, "03_train")
 
 
-@pytest.mark.parametrize("record, kept", [({"k": 4}, False), ({"k": 5}, True), ({"k": 4, "new": 1}, True)])
+@pytest.mark.parametrize(
+    "record, kept", [({"k": 4}, False), ({"k": 5}, True), ({"k": 4, "new": 1}, True)]
+)
 def test_a_file_made_otherwise_is_moved_aside_not_lost(tmp_path, record, kept):
     path = tmp_path / "sae.safetensors"
     files.save_tensors(path, {"x": torch.ones(2)}, {"k": 4, "seed": 0})
@@ -142,8 +153,12 @@ def test_the_commit_is_unknown_outside_a_checkout(project):
     assert runs.commit() == "unknown"
     subprocess.run(["git", "init", "-q", project], check=True)
     who = ["-c", "user.name=x", "-c", "user.email=x@x"]
-    subprocess.run(["git", "-C", project, *who, "commit", "-q", "--allow-empty", "-m", "x"], check=True)
-    assert runs.commit() in subprocess.check_output(["git", "-C", project, "rev-parse", "HEAD"], text=True)
+    subprocess.run(
+        ["git", "-C", project, *who, "commit", "-q", "--allow-empty", "-m", "x"], check=True
+    )
+    assert runs.commit() in subprocess.check_output(
+        ["git", "-C", project, "rev-parse", "HEAD"], text=True
+    )
 
 
 # --- notebooks ----------------------------------------------------------------------------------
@@ -151,7 +166,13 @@ def test_the_commit_is_unknown_outside_a_checkout(project):
 
 def code(source, *tags, outputs=()):
     metadata = {"tags": list(tags)} if tags else {}
-    return {"cell_type": "code", "execution_count": None, "metadata": metadata, "outputs": list(outputs), "source": source}
+    return {
+        "cell_type": "code",
+        "execution_count": None,
+        "metadata": metadata,
+        "outputs": list(outputs),
+        "source": source,
+    }
 
 
 def prose(source):
@@ -194,9 +215,13 @@ def two_notebooks(project):
         [prose("# One"), code(run + "count: int = 1  # how many", "parameters"), code(FIRST)],
     )
     write_notebook(
-        project / "notebooks" / "02_second.ipynb", [code(run + 'scale: str = "x"  # unit', "parameters"), code(SECOND)]
+        project / "notebooks" / "02_second.ipynb",
+        [code(run + 'scale: str = "x"  # unit', "parameters"), code(SECOND)],
     )
-    write_notebook(project / "notebooks" / "00_model.ipynb", [code("other: int = 1", "parameters"), code("raise SystemExit")])
+    write_notebook(
+        project / "notebooks" / "00_model.ipynb",
+        [code("other: int = 1", "parameters"), code("raise SystemExit")],
+    )
     parameters(project, run="tiny", count=3)
     return project
 
@@ -221,9 +246,17 @@ def test_parameters_are_those_of_the_tagged_cell(two_notebooks):
 
 
 KNOWN = {
-    "seed": (0, "int"), "k": (20, "int"), "rate": (0.5, "float"), "ship": (False, "bool"), "run": ("demo", "str"), "also": ({}, "dict"),
-    "steps": ([], "list[int]"), "strengths": ([1.0], "list[float]"), "windows": ([], "list[list]"), "show": ([], "list[str]"),
-}  # fmt: skip
+    "seed": (0, "int"),
+    "k": (20, "int"),
+    "rate": (0.5, "float"),
+    "ship": (False, "bool"),
+    "run": ("demo", "str"),
+    "also": ({}, "dict"),
+    "steps": ([], "list[int]"),
+    "strengths": ([1.0], "list[float]"),
+    "windows": ([], "list[list]"),
+    "show": ([], "list[str]"),
+}
 
 
 @pytest.mark.parametrize(
@@ -242,11 +275,23 @@ KNOWN = {
         ("run", 7, "run is 7; it must be a text, such as 'demo'"),
         ("also", [], r"also is \[\]; it must be pairs of name and value"),
         ("steps", 5, "steps is 5; it must be a list with a whole number for each entry"),
-        ("steps", "[0, 4]", r"steps is '\[0, 4\]'; it must be a list with a whole number for each entry"),
+        (
+            "steps",
+            "[0, 4]",
+            r"steps is '\[0, 4\]'; it must be a list with a whole number for each entry",
+        ),
         ("steps", [0.5], r"steps is \[0.5\]; it must be a list with a whole number"),
-        ("strengths", [float("inf")], r"strengths is \[inf\]; it must be a list with a finite number for each entry, such as \[1.0\]"),
+        (
+            "strengths",
+            [float("inf")],
+            r"strengths is \[inf\]; it must be a list with a finite number for each entry, such as \[1.0\]",
+        ),
         ("windows", [3], r"windows is \[3\]; it must be a list with a list for each entry"),
-        ("show", "colour=red", "show is 'colour=red'; it must be a list with a text for each entry"),
+        (
+            "show",
+            "colour=red",
+            "show is 'colour=red'; it must be a list with a text for each entry",
+        ),
     ],
 )
 def test_a_parameter_of_the_wrong_type_is_named_with_what_would_be_valid(name, value, sentence):
@@ -255,7 +300,18 @@ def test_a_parameter_of_the_wrong_type_is_named_with_what_would_be_valid(name, v
 
 
 def test_parameters_of_the_right_type_pass_as_they_are():
-    values = {"seed": 0, "k": 1, "rate": 2, "ship": True, "run": "x", "also": {"a": 1}, "steps": [0], "strengths": [1, 0.5], "windows": [[0, 1]], "show": []}
+    values = {
+        "seed": 0,
+        "k": 1,
+        "rate": 2,
+        "ship": True,
+        "run": "x",
+        "also": {"a": 1},
+        "steps": [0],
+        "strengths": [1, 0.5],
+        "windows": [[0, 1]],
+        "show": [],
+    }
     assert runs.checked(values, KNOWN) == values
 
 
@@ -267,16 +323,38 @@ def test_every_default_is_of_its_own_type():
 
 def test_a_run_that_cannot_be_written_is_refused_at_the_start(tmp_path):
     (tmp_path / "file").write_text("")
-    known = {k: default for k, (default, _) in runs.parameters_of(runs.NOTEBOOKS / "02_fit_predictors.ipynb").items()}
-    assert runs.parameters_here("02_fit_predictors", known | {"run": str(tmp_path / "new"), "other": 1})["seed"] == 0
+    known = {
+        k: default
+        for k, (default, _) in runs.parameters_of(
+            runs.NOTEBOOKS / "02_fit_predictors.ipynb"
+        ).items()
+    }
+    assert (
+        runs.parameters_here(
+            "02_fit_predictors", known | {"run": str(tmp_path / "new"), "other": 1}
+        )["seed"]
+        == 0
+    )
     assert not (tmp_path / "new").exists()
     for run in (str(tmp_path / "file"), str(tmp_path / "file" / "below")):
-        with pytest.raises(ValueError, match="run is '.*', but .*file is not a folder that can be written in"):
+        with pytest.raises(
+            ValueError, match="run is '.*', but .*file is not a folder that can be written in"
+        ):
             runs.parameters_here("02_fit_predictors", known | {"run": run})
 
 
-@pytest.mark.parametrize("text, sentence", [("a: [", "cannot be read as YAML"), ("\ta: 1", "cannot be read as YAML"), ("7", "holds 7; it must hold lines"), ("3: 4", "no notebook has a parameter 3")])
-def test_a_parameter_file_that_is_none_is_told_in_one_sentence(two_notebooks, tmp_path, text, sentence):
+@pytest.mark.parametrize(
+    "text, sentence",
+    [
+        ("a: [", "cannot be read as YAML"),
+        ("\ta: 1", "cannot be read as YAML"),
+        ("7", "holds 7; it must hold lines"),
+        ("3: 4", "no notebook has a parameter 3"),
+    ],
+)
+def test_a_parameter_file_that_is_none_is_told_in_one_sentence(
+    two_notebooks, tmp_path, text, sentence
+):
     (tmp_path / "bad.yaml").write_text(text)
     with pytest.raises(ValueError, match=f"bad.yaml:? {sentence}"):
         runs.load_parameters(str(tmp_path / "bad.yaml"))
@@ -293,7 +371,10 @@ def test_a_parameter_file_is_found_by_name_and_by_path(two_notebooks, tmp_path):
 @pytest.mark.parametrize("name, near", [("cuont", "count"), ("sclae", "scale"), ("other", None)])
 def test_a_parameter_no_notebook_has_is_named_with_the_nearest(two_notebooks, name, near):
     parameters(two_notebooks, **{"run": "tiny", name: 1})
-    with pytest.raises(ValueError, match=f"tiny.yaml: no notebook has a parameter '{name}'; did you mean .*{near or ''}"):
+    with pytest.raises(
+        ValueError,
+        match=f"tiny.yaml: no notebook has a parameter '{name}'; did you mean .*{near or ''}",
+    ):
         runs.load_parameters("tiny")
 
 
@@ -334,7 +415,13 @@ def test_execute_runs_again_what_a_parameter_touches(two_notebooks):
     runs.execute("tiny")
     assert ran(project) == ["second"]
     notebook = project / "notebooks" / "01_first.ipynb"
-    write_notebook(notebook, [c | {"source": c["source"] + "\nnew = 1"} for c in json.loads(notebook.read_text())["cells"]])
+    write_notebook(
+        notebook,
+        [
+            c | {"source": c["source"] + "\nnew = 1"}
+            for c in json.loads(notebook.read_text())["cells"]
+        ],
+    )
     runs.execute("tiny")
     assert ran(project) == ["first", "second"]
 
@@ -385,7 +472,11 @@ def output(kind, **fields):
 
 
 def display(**data):
-    return output("display_data", data={k.replace("_", "/"): v for k, v in data.items()}, metadata={"papermill": "now"})
+    return output(
+        "display_data",
+        data={k.replace("_", "/"): v for k, v in data.items()},
+        metadata={"papermill": "now"},
+    )
 
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
@@ -395,10 +486,15 @@ def publish(project, outputs, name="01_first.ipynb"):
     """The code cells of a committed notebook once an executed copy with these outputs was published."""
     cells = [prose("# One"), code("count: int = 1", "parameters"), code("look()"), code("count")]
     write_notebook(project / "notebooks" / name, cells)
-    stamped = [c | {"metadata": c["metadata"] | {"papermill": {"start_time": "2024-01-01T00:00:00"}}} for c in cells]
+    stamped = [
+        c | {"metadata": c["metadata"] | {"papermill": {"start_time": "2024-01-01T00:00:00"}}}
+        for c in cells
+    ]
     stamped[2]["outputs"], stamped[2]["execution_count"] = outputs, 7
     injected = code(
-        "# Parameters\ncount = 99", "injected-parameters", outputs=[output("stream", name="stdout", text="injected")]
+        "# Parameters\ncount = 99",
+        "injected-parameters",
+        outputs=[output("stream", name="stdout", text="injected")],
     )
     write_notebook(project / "copy" / name, [*stamped[:2], injected, *stamped[2:]])
     runs.publish([project / "copy" / name])
@@ -421,22 +517,32 @@ def test_publishing_keeps_what_readers_should_see(project):
 
 
 def test_publishing_drops_injected_parameters_stderr_widgets_and_times(project):
-    widget = output("display_data", data={WIDGET: {"model_id": "abc"}, "text/plain": "HBox()"}, metadata={})
+    widget = output(
+        "display_data", data={WIDGET: {"model_id": "abc"}, "text/plain": "HBox()"}, metadata={}
+    )
     noise = [output("stream", name="stderr", text="100%|###| 3 s"), widget]
     assert all(c["outputs"] == [] for c in publish(project, noise))
     text = (project / "notebooks" / "01_first.ipynb").read_text()
-    assert not any(word in text for word in ("injected", "99", "papermill", "2024-01-01", "model_id", "###"))
+    assert not any(
+        word in text for word in ("injected", "99", "papermill", "2024-01-01", "model_id", "###")
+    )
 
 
 @pytest.mark.parametrize("root", ["project", "prôjet with space"])
-@pytest.mark.parametrize("form", ["saved {}/runs/x.pdf", "PosixPath('{}/runs')", "working in {}", "{}"])
+@pytest.mark.parametrize(
+    "form", ["saved {}/runs/x.pdf", "PosixPath('{}/runs')", "working in {}", "{}"]
+)
 def test_publishing_leaves_no_absolute_path_of_the_project(tmp_path, monkeypatch, root, form):
     root = tmp_path / root
     monkeypatch.setattr(runs, "ROOT", root)
     monkeypatch.setattr(runs, "NOTEBOOKS", root / "notebooks")
     text = form.format(root)
     cells = publish(
-        root, [output("stream", name="stdout", text=[text]), display(text_plain=text, text_html=[f"<b>{text}</b>"])]
+        root,
+        [
+            output("stream", name="stdout", text=[text]),
+            display(text_plain=text, text_html=[f"<b>{text}</b>"]),
+        ],
     )
     outputs = cells[1]["outputs"]
     assert len(outputs) == 2

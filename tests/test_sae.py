@@ -30,13 +30,19 @@ def sparse_data(batch_size=256, seed=1):
     rows = dictionary()
     while True:
         active = torch.rand(batch_size, M, generator=g).topk(K).indices
-        z = torch.zeros(batch_size, M).scatter(1, active, 0.5 + torch.rand(batch_size, K, generator=g))
+        z = torch.zeros(batch_size, M).scatter(
+            1, active, 0.5 + torch.rand(batch_size, K, generator=g)
+        )
         yield z @ rows + 1
 
 
 def trained_on_sparse_data(seed=0, n_steps=400, **changes):
     return train(
-        sparse_data(), D, 2 * M, K, **{"n_steps": n_steps, "learning_rate": 3e-3, "dead_after": 5000, "seed": seed} | changes
+        sparse_data(),
+        D,
+        2 * M,
+        K,
+        **{"n_steps": n_steps, "learning_rate": 3e-3, "dead_after": 5000, "seed": seed} | changes,
     )
 
 
@@ -55,7 +61,13 @@ def random_sae(seed=0, threshold=0.3, n_latents=M):
 
 
 @pytest.mark.parametrize(
-    "n_latents, k, named", [(8, 9, "k is 9.*1 to 8"), (8, 0, "k is 0.*1 to 8"), (8, -1, "k is -1"), (0, 1, "n_latents is 0")]
+    "n_latents, k, named",
+    [
+        (8, 9, "k is 9.*1 to 8"),
+        (8, 0, "k is 0.*1 to 8"),
+        (8, -1, "k is -1"),
+        (0, 1, "n_latents is 0"),
+    ],
 )
 def test_sizes_that_cannot_be_are_refused_by_name(n_latents, k, named):
     with pytest.raises(ValueError, match=named):
@@ -73,7 +85,9 @@ def test_the_encoder_starts_as_the_decoders_transpose():
 def test_codes_and_reconstruction_follow_the_formula():
     sae = random_sae()
     y = torch.randn(7, D)
-    W_enc, b_enc, W_dec, b_dec = (getattr(sae, n).double().numpy() for n in ("W_enc", "b_enc", "W_dec", "b_dec"))
+    W_enc, b_enc, W_dec, b_dec = (
+        getattr(sae, n).double().numpy() for n in ("W_enc", "b_enc", "W_dec", "b_dec")
+    )
     pre = np.maximum((y.double().numpy() - b_dec) @ W_enc + b_enc, 0)
     z = pre * (pre > 0.3)
     np.testing.assert_allclose(sae.preactivations(y), pre, atol=1e-5)
@@ -88,14 +102,28 @@ def test_a_code_does_not_depend_on_its_batch(seed, order, cut):
     y = torch.randn(12, D, generator=torch.Generator().manual_seed(seed))
     order = torch.tensor(order)
     together = sae.encode(y)
-    torch.testing.assert_close(torch.cat([sae.encode(y[order[:cut]]), sae.encode(y[order[cut:]])]), together[order])
+    torch.testing.assert_close(
+        torch.cat([sae.encode(y[order[:cut]]), sae.encode(y[order[cut:]])]), together[order]
+    )
     torch.testing.assert_close(sae.encode(torch.cat([y, 100 * y]))[:12], together)
 
 
 # --- each update, against plain autograd --------------------------------------------------------
 
 
-def naive_train(batches, d_in, n_latents, k, *, n_steps, learning_rate, aux_coefficient, dead_after, seed, accumulate):
+def naive_train(
+    batches,
+    d_in,
+    n_latents,
+    k,
+    *,
+    n_steps,
+    learning_rate,
+    aux_coefficient,
+    dead_after,
+    seed,
+    accumulate,
+):
     """What `train` should do, written densely: the SAE, the loss of each update and how many latents were dead."""
     sae = SAE(d_in, n_latents, k, seed)
     optimiser = torch.optim.Adam(sae.parameters(), fused=False, foreach=False)
@@ -103,7 +131,10 @@ def naive_train(batches, d_in, n_latents, k, *, n_steps, learning_rate, aux_coef
     for step, y in zip(range(n_steps), batches):
         if step == 0:
             sae.b_dec.data = y.mean(0)
-        warm, decay = (step + 1) / (0.05 * n_steps + 1), max(0.01, (n_steps - step) / (0.2 * n_steps))
+        warm, decay = (
+            (step + 1) / (0.05 * n_steps + 1),
+            max(0.01, (n_steps - step) / (0.2 * n_steps)),
+        )
         optimiser.param_groups[0]["lr"] = learning_rate * min(1, warm, decay)
         dead = since_fired >= dead_after
         since_fired += len(y)
@@ -119,8 +150,12 @@ def naive_train(batches, d_in, n_latents, k, *, n_steps, learning_rate, aux_coef
                 z_dead = torch.relu(pre[:, dead])
                 top = z_dead.topk(min(int(dead.sum()), max(1, d_in // 2)), dim=1)
                 left = error.detach()
-                again = torch.zeros_like(z_dead).scatter(1, top.indices, top.values) @ sae.W_dec[dead]
-                loss = loss + aux_coefficient * (left - again).pow(2).sum() / left.pow(2).sum() / len(parts)
+                again = (
+                    torch.zeros_like(z_dead).scatter(1, top.indices, top.values) @ sae.W_dec[dead]
+                )
+                loss = loss + aux_coefficient * (left - again).pow(2).sum() / left.pow(
+                    2
+                ).sum() / len(parts)
             since_fired[(z > 0).any(0)] = 0
             if cut > 0:
                 sae.threshold.lerp_(cut, 1.0 if step == 0 else 0.02)
@@ -135,7 +170,14 @@ def naive_train(batches, d_in, n_latents, k, *, n_steps, learning_rate, aux_coef
     return sae, fvus, n_dead
 
 
-PLAIN = {"n_steps": 10, "learning_rate": 1e-2, "aux_coefficient": 1 / 32, "dead_after": 50_000, "seed": 0, "accumulate": 1}
+PLAIN = {
+    "n_steps": 10,
+    "learning_rate": 1e-2,
+    "aux_coefficient": 1 / 32,
+    "dead_after": 50_000,
+    "seed": 0,
+    "accumulate": 1,
+}
 SETTINGS = {
     "one update": (64, M, K, {"n_steps": 1}),
     "two updates": (64, M, K, {"n_steps": 2}),
@@ -159,7 +201,10 @@ def precise():
 
 
 def both(batch_size, n_latents, k, changes):
-    data = [y.to(torch.get_default_dtype()) for y in itertools.islice(sparse_data(batch_size), PLAIN["n_steps"])]
+    data = [
+        y.to(torch.get_default_dtype())
+        for y in itertools.islice(sparse_data(batch_size), PLAIN["n_steps"])
+    ]
     expected, fvus, n_dead = naive_train(data, D, n_latents, k, **PLAIN | changes)
     sae, history = train(data, D, n_latents, k, **PLAIN | changes, log_every=1)
     return sae, history, expected, fvus, n_dead
@@ -170,14 +215,23 @@ def test_updates_are_those_of_autograd_and_a_dense_top_k(precise, name):
     batch_size, n_latents, k, changes = SETTINGS[name]
     sae, history, expected, fvus, n_dead = both(batch_size, n_latents, k, changes)
     for key, value in expected.state_dict().items():
-        torch.testing.assert_close(sae.state_dict()[key], value, rtol=1e-8, atol=1e-9, msg=lambda m, key=key: f"{key}: {m}")
+        torch.testing.assert_close(
+            sae.state_dict()[key], value, rtol=1e-8, atol=1e-9, msg=lambda m, key=key: f"{key}: {m}"
+        )
     np.testing.assert_allclose(history.fvu, fvus, rtol=1e-9)
     np.testing.assert_allclose(history.alive, 1 - np.array(n_dead) / n_latents)
     assert ("dead" in name or name == "no aux") == any(n_dead)
 
 
 @pytest.mark.parametrize(
-    "name", ["ten updates", "dead latents", "fewer positive than k · batch", "three parts", "large enough for a sample"]
+    "name",
+    [
+        "ten updates",
+        "dead latents",
+        "fewer positive than k · batch",
+        "three parts",
+        "large enough for a sample",
+    ],
 )
 def test_in_float32_they_are_so_to_rounding(name):
     sae, history, expected, fvus, _ = both(*SETTINGS[name])
@@ -214,7 +268,9 @@ def test_weights_lie_in_memory_latent_by_latent_and_gradients_are_gone(trained):
 
 @pytest.mark.parametrize("dtype, apart", [(torch.bfloat16, 0.02), (torch.float16, 0.005)])
 def test_a_narrow_encoder_trains_nearly_as_well(dtype, apart):
-    (_, wide), (sae, narrow) = (trained_on_sparse_data(n_steps=100, dtype=d) for d in (torch.float32, dtype))
+    (_, wide), (sae, narrow) = (
+        trained_on_sparse_data(n_steps=100, dtype=d) for d in (torch.float32, dtype)
+    )
     assert all(v.dtype == torch.float32 for v in sae.state_dict().values())
     assert wide.fvu != narrow.fvu and np.abs(np.subtract(wide.fvu, narrow.fvu)).max() < apart
 
@@ -265,8 +321,12 @@ def test_the_same_seed_gives_the_same_bytes_and_another_does_not(tmp_path):
 def test_the_auxiliary_loss_revives_dead_latents(seed):
     def run(**aux):
         batches = sparse_data()
-        off_centre = itertools.chain([next(batches) + 1], batches)  # b_dec starts in the wrong place: latents fall silent
-        return train(off_centre, D, M, K, n_steps=300, learning_rate=1e-2, dead_after=2000, seed=seed, **aux)[1]
+        off_centre = itertools.chain(
+            [next(batches) + 1], batches
+        )  # b_dec starts in the wrong place: latents fall silent
+        return train(
+            off_centre, D, M, K, n_steps=300, learning_rate=1e-2, dead_after=2000, seed=seed, **aux
+        )[1]
 
     revived, left_dead = run(), run(aux_coefficient=0.0)
     assert min(revived.alive) < 0.7
@@ -308,7 +368,10 @@ def resumable(batches, folder, n_steps=11, **changes):
 
 def same(one, other):
     """Whether two trainings ended in the same bits; only the clock may differ."""
-    tensors = all(torch.equal(a, b) for a, b in zip(one[0].state_dict().values(), other[0].state_dict().values(), strict=True))
+    tensors = all(
+        torch.equal(a, b)
+        for a, b in zip(one[0].state_dict().values(), other[0].state_dict().values(), strict=True)
+    )
     return tensors and asdict(one[1]) | {"seconds": 0} == asdict(other[1]) | {"seconds": 0}
 
 
@@ -319,7 +382,9 @@ def uninterrupted():
 
 @pytest.mark.parametrize("kind", [as_iterator, as_function])
 @pytest.mark.parametrize("stops", [(0,), (2,), (3,), (4, 7), (1, 5, 8, 9, 10)])
-def test_a_training_that_was_stopped_ends_as_if_it_had_not_been(tmp_path, uninterrupted, kind, stops):
+def test_a_training_that_was_stopped_ends_as_if_it_had_not_been(
+    tmp_path, uninterrupted, kind, stops
+):
     for at in stops:
         with pytest.raises(Stop):
             resumable(kind(at), tmp_path)
@@ -354,18 +419,35 @@ def test_a_finished_training_is_only_loaded(tmp_path, uninterrupted):
     loaded = resumable(never, tmp_path)
     assert same(loaded, uninterrupted) and loaded[1].seconds > 0
     assert path.read_bytes() == before and not loaded[0].training
-    assert set(load_tensors(path)[0]) == {"W_enc", "W_dec", "b_enc", "b_dec", "threshold"}  # nothing that only training needs
+    assert set(load_tensors(path)[0]) == {
+        "W_enc",
+        "W_dec",
+        "b_enc",
+        "b_dec",
+        "threshold",
+    }  # nothing that only training needs
 
 
 @pytest.mark.parametrize(
     "change",
-    [{"n_steps": 12}, {"learning_rate": 2e-2}, {"dead_after": 99}, {"seed": 1}, {"dtype": torch.bfloat16}, {"accumulate": 2},
-     {"aux_coefficient": 0.1}, {"record": {"predictors": "1234"}}, {"label": "other"}],
-)  # fmt: skip
+    [
+        {"n_steps": 12},
+        {"learning_rate": 2e-2},
+        {"dead_after": 99},
+        {"seed": 1},
+        {"dtype": torch.bfloat16},
+        {"accumulate": 2},
+        {"aux_coefficient": 0.1},
+        {"record": {"predictors": "1234"}},
+        {"label": "other"},
+    ],
+)
 def test_other_settings_do_not_go_on_from_a_checkpoint(tmp_path, change):
     with pytest.raises(Stop):
         resumable(as_iterator(4), tmp_path)
-    assert same(resumable(sparse_data(32), tmp_path, **change), resumable(sparse_data(32), None, **change))
+    assert same(
+        resumable(sparse_data(32), tmp_path, **change), resumable(sparse_data(32), None, **change)
+    )
     assert len(list(tmp_path.iterdir())) == 2
 
 
@@ -374,7 +456,11 @@ def test_a_checkpoint_says_what_it_is_of(tmp_path):
     (path,) = tmp_path.iterdir()
     saved = load_tensors(path)[1]
     assert path.name.startswith("my_SAE-") and saved["done"] == 11
-    assert saved["settings"]["predictors"] == "1234" and saved["settings"]["dtype"] == "float32" and json.dumps(saved)
+    assert (
+        saved["settings"]["predictors"] == "1234"
+        and saved["settings"]["dtype"] == "float32"
+        and json.dumps(saved)
+    )
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path):
@@ -387,11 +473,15 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("at", [0, 7])
-def test_a_batch_that_is_not_finite_stops_training_and_leaves_the_last_checkpoint(tmp_path, uninterrupted, at, value):
+def test_a_batch_that_is_not_finite_stops_training_and_leaves_the_last_checkpoint(
+    tmp_path, uninterrupted, at, value
+):
     batches = list(itertools.islice(sparse_data(32), 11))
     good, batches[at] = batches[at], batches[at].clone()
     batches[at][3, 2] = value
-    with pytest.raises(FloatingPointError, match=rf"mine, update {at}: the batch holds NaN or infinity[^\n]*$") as error:
+    with pytest.raises(
+        FloatingPointError, match=rf"mine, update {at}: the batch holds NaN or infinity[^\n]*$"
+    ) as error:
         resumable(batches, tmp_path, label="mine")
     kept = list(tmp_path.iterdir())
     assert [load_tensors(path)[1]["done"] for path in kept] == ([6] if at else []) and all(
@@ -404,7 +494,8 @@ def test_a_batch_that_is_not_finite_stops_training_and_leaves_the_last_checkpoin
 
 def test_a_learning_rate_that_explodes_is_named_and_leaves_the_last_checkpoint(tmp_path):
     with pytest.raises(
-        FloatingPointError, match=r"SAE, update \d+: the loss is (nan|inf); lower learning_rate \(now 1e\+25\)[^\n]*$"
+        FloatingPointError,
+        match=r"SAE, update \d+: the loss is (nan|inf); lower learning_rate \(now 1e\+25\)[^\n]*$",
     ):
         resumable(sparse_data(32), tmp_path, learning_rate=1e25, save_every=1)
     (path,) = tmp_path.iterdir()
@@ -421,7 +512,9 @@ def test_a_saved_sae_comes_back(tmp_path, trained):
     assert record == {"trained_in": "residual", "d_in": D, "n_latents": 2 * M, "k": K}
     y = next(sparse_data())
     assert torch.equal(loaded.encode(y), sae.encode(y)) and torch.equal(loaded(y), sae(y))
-    assert loaded.threshold == sae.threshold and not loaded.training and loaded.W_enc.T.is_contiguous()
+    assert (
+        loaded.threshold == sae.threshold and not loaded.training and loaded.W_enc.T.is_contiguous()
+    )
 
 
 @pytest.mark.parametrize("keep", [0, 7, 100, -3])
@@ -477,7 +570,10 @@ def test_set_threshold_refuses_nan():
         ({"dead_after": -1}, "dead_after is -1; it must be above 0"),
         ({"n_steps": 0}, "n_updates is 0; it must be above 0"),
         ({"accumulate": 0}, "accumulate is 0; it must be above 0"),
-        ({"accumulate": 200}, "sae_batch_size gives 256 inputs at once; with accumulate=200 it must be at least 400"),
+        (
+            {"accumulate": 200},
+            "sae_batch_size gives 256 inputs at once; with accumulate=200 it must be at least 400",
+        ),
     ],
 )
 def test_training_refuses_what_cannot_train(changes, sentence):

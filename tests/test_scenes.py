@@ -14,7 +14,8 @@ def objects_at(position):
 
 
 any_objects = st.one_of(
-    *(st.tuples(objects_at(p)) for p in POSITIONS), *(st.tuples(objects_at(a), objects_at(b)) for a, b in PAIRS)
+    *(st.tuples(objects_at(p)) for p in POSITIONS),
+    *(st.tuples(objects_at(a), objects_at(b)) for a, b in PAIRS),
 )
 any_scene = st.builds(Scene, any_objects, st.sampled_from(tuple(BACKGROUNDS)))
 
@@ -74,7 +75,9 @@ def test_held_out_scenes_are_those_with_a_held_out_pair():
 
 
 def test_a_tenth_of_the_other_captions_is_unseen():
-    parts = [scenes.split(s) for s in scenes.sample(4000, np.random.default_rng(1), ("train", "unseen"))]
+    parts = [
+        scenes.split(s) for s in scenes.sample(4000, np.random.default_rng(1), ("train", "unseen"))
+    ]
     assert 0.08 < parts.count("unseen") / len(parts) < 0.12
 
 
@@ -171,7 +174,10 @@ def test_the_mask_read_is_the_mask_drawn(drawn):
     for scene, mask, reading in zip(wanted, masks, readings):
         if len(reading.objects) == len(scene.objects):
             for o, m in zip(scene.objects, mask):
-                read = next((f.mask for f in reading.objects if f.position == o.position), np.zeros((64, 64), bool))
+                read = next(
+                    (f.mask for f in reading.objects if f.position == o.position),
+                    np.zeros((64, 64), bool),
+                )
                 overlaps.append((read & (m > 0.5)).sum() / (read | (m > 0.5)).sum())
     assert len(overlaps) > 800 and np.mean(overlaps) > 0.9 and np.quantile(overlaps, 0.01) > 0.75
 
@@ -180,7 +186,10 @@ def unreadable(kind, rng, n=150):
     if kind == "white noise":
         return rng.random((n, 64, 64, 3))
     if kind == "smooth noise":
-        smooth = [ndimage.gaussian_filter(rng.standard_normal((64, 64, 3)), (s, s, 0)) for s in rng.uniform(1, 8, n)]
+        smooth = [
+            ndimage.gaussian_filter(rng.standard_normal((64, 64, 3)), (s, s, 0))
+            for s in rng.uniform(1, 8, n)
+        ]
         return np.stack([(x - x.min()) / np.ptp(x) for x in smooth])
     if kind == "uniform":
         return np.broadcast_to(rng.random((n, 1, 1, 3)), (n, 64, 64, 3))
@@ -196,7 +205,9 @@ def unreadable(kind, rng, n=150):
     return start + (end - start) * ramp + rng.normal(0, 0.02, (n, 64, 64, 3))
 
 
-@pytest.mark.parametrize("kind", ["white noise", "smooth noise", "uniform", "gradients", "vignettes", "horizons"])
+@pytest.mark.parametrize(
+    "kind", ["white noise", "smooth noise", "uniform", "gradients", "vignettes", "horizons"]
+)
 def test_the_reader_finds_nothing_where_there_is_nothing(kind):
     readings = scenes.read(unreadable(kind, np.random.default_rng(12)))
     false = sum(bool(r.objects) for r in readings)
@@ -221,9 +232,23 @@ def found(position, **changes):
 
 
 LEFT_RIGHT = Scene(
-    (Object("circle", "red", "small", "solid", "left"), Object("circle", "red", "small", "solid", "right")), "white"
+    (
+        Object("circle", "red", "small", "solid", "left"),
+        Object("circle", "red", "small", "solid", "right"),
+    ),
+    "white",
 )
-EVERYTHING = ("shape", "colour", "size", "texture", "position", "colour_at_place", "background", "count", "all")
+EVERYTHING = (
+    "shape",
+    "colour",
+    "size",
+    "texture",
+    "position",
+    "colour_at_place",
+    "background",
+    "count",
+    "all",
+)
 
 
 @pytest.mark.parametrize(
@@ -232,8 +257,16 @@ EVERYTHING = ("shape", "colour", "size", "texture", "position", "colour_at_place
         ([found("left"), found("right")], "white", {}),
         ([found("right"), found("left")], "white", {}),
         ([found("left"), found("right")], "gray", {"background": 0, "all": 0}),
-        ([found("left"), found("right", colour="blue")], "white", {"colour": 0.5, "colour_at_place": 0.5, "all": 0}),
-        ([found("left"), found("bottom right")], "white", {"position": 0.5, "colour_at_place": 0.5, "all": 0}),
+        (
+            [found("left"), found("right", colour="blue")],
+            "white",
+            {"colour": 0.5, "colour_at_place": 0.5, "all": 0},
+        ),
+        (
+            [found("left"), found("bottom right")],
+            "white",
+            {"position": 0.5, "colour_at_place": 0.5, "all": 0},
+        ),
         ([found("left"), found("right"), found("center")], "white", {"count": 0, "all": 0}),
         ([found("left")], "white", dict.fromkeys(EVERYTHING[:6], 0.5) | {"count": 0, "all": 0}),
         ([], None, dict.fromkeys(EVERYTHING, 0)),
@@ -255,7 +288,8 @@ def test_attribute_masks_are_unions_over_objects():
 
 
 @pytest.mark.parametrize(
-    "prompts, side, expected", [([GOOD], 64, True), ([GOOD, "a dog"], 64, False), ([GOOD], 32, False), ([], 64, False)]
+    "prompts, side, expected",
+    [([GOOD], 64, True), ([GOOD, "a dog"], 64, False), ([GOOD], 32, False), ([], 64, False)],
 )
 def test_only_captions_with_images_of_the_right_size_are_describable(prompts, side, expected):
     assert scenes.describable(prompts, np.zeros((len(prompts), side, side, 3))) is expected

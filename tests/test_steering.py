@@ -87,9 +87,13 @@ def test_scaling_adds_a_multiple_of_what_the_image_has(factor, times):
                 torch.testing.assert_close(change[s, i, t], times * codes[i, t] * p.scale[s] * u[s])
 
 
-@pytest.mark.parametrize("window", [(-1, 2), (2, 1), (0, 4), (4, 4), [0], [0, 1, 2], 5, [0, 1.5], "01", []])
+@pytest.mark.parametrize(
+    "window", [(-1, 2), (2, 1), (0, 4), (4, 4), [0], [0, 1, 2], 5, [0, 1.5], "01", []]
+)
 def test_a_window_outside_the_steps_is_refused(window):
-    with pytest.raises(ValueError, match="windows holds .*; each is two steps, first and last, from 0 to 3"):
+    with pytest.raises(
+        ValueError, match="windows holds .*; each is two steps, first and last, from 0 to 3"
+    ):
         steering.check_window(window, 4)
 
 
@@ -174,12 +178,18 @@ def test_delta_is_taken_at_its_own_step(steer, overheard):
     change = torch.tensor([0.0, 0.0, 1.0])[:, None] * torch.tensor([1.0, 2.0, 3.0, 4.0])
     _, after = overheard(lambda: steer(change, "conv_out", branch="both"))
     assert torch.equal(before[:2], after[:2])
-    torch.testing.assert_close(after[2] - before[2], change[2].view(1, 4, 1, 1).expand(4, 4, 8, 8), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        after[2] - before[2], change[2].view(1, 4, 1, 1).expand(4, 4, 8, 8), atol=1e-5, rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize(
     "branch, rows",
-    [("conditional", [False, False, True, True]), ("unconditional", [True, True, False, False]), ("both", [True] * 4)],
+    [
+        ("conditional", [False, False, True, True]),
+        ("unconditional", [True, True, False, False]),
+        ("both", [True] * 4),
+    ],
 )
 def test_only_the_chosen_branch_is_steered(steer, overheard, delta, branch, rows):
     _, before = overheard(lambda: steer(torch.zeros_like(delta)))
@@ -190,22 +200,34 @@ def test_only_the_chosen_branch_is_steered(steer, overheard, delta, branch, rows
 def test_without_guidance_there_is_only_the_conditional_branch(steer, delta, pipe, prompts):
     plain = trajectories.generate(pipe, prompts[:2], SEEDS, **SAMPLING | {"guidance_scale": 1.0})
     images = {b: steer(delta, branch=b, guidance_scale=1.0) for b in ("conditional", "both")}
-    assert np.array_equal(images["conditional"], images["both"]) and not np.array_equal(images["both"], plain)
-    with pytest.raises(ValueError, match="branch 'unconditional' is not run by this pipeline.*nothing was edited; valid is conditional"):
+    assert np.array_equal(images["conditional"], images["both"]) and not np.array_equal(
+        images["both"], plain
+    )
+    with pytest.raises(
+        ValueError,
+        match="branch 'unconditional' is not run by this pipeline.*nothing was edited; valid is conditional",
+    ):
         steer(delta, branch="unconditional", guidance_scale=1.0)
 
 
 def test_a_hookpoint_that_is_never_called_cannot_be_steered(steer, delta):
-    with pytest.raises(ValueError, match="hookpoint 'mid_block.attentions' was never called, so nothing was edited"):
+    with pytest.raises(
+        ValueError, match="hookpoint 'mid_block.attentions' was never called, so nothing was edited"
+    ):
         steer(delta, "mid_block.attentions")
 
 
 def test_directions_stay_on_their_device(monkeypatch):
-    monkeypatch.setattr(steering, "unit", lambda u: u)  # it looks at values, which device 'meta' has none of
+    monkeypatch.setattr(
+        steering, "unit", lambda u: u
+    )  # it looks at values, which device 'meta' has none of
     p, u = some_predictors(2, 4), torch.ones(2, 4, device="meta")
     assert steering.random_like(u, 0).device == u.device
     assert steering.addition(u, p, [1, 3], 5, strength=0.5).device == u.device
-    assert steering.scaling(torch.ones(1, 2, device="meta"), u, p, [1, 3], 5, factor=2).device == u.device
+    assert (
+        steering.scaling(torch.ones(1, 2, device="meta"), u, p, [1, 3], 5, factor=2).device
+        == u.device
+    )
 
 
 def test_a_masked_token_is_steered_at_its_upright_place(steer, overheard):
@@ -219,13 +241,18 @@ def test_a_masked_token_is_steered_at_its_upright_place(steer, overheard):
     moved = after[0] - before[0]
     assert moved.shape == (4, 4, 8, 16)
     assert moved[2:].abs().amax((0, 1)).nonzero().tolist() == [[row, column]]
-    torch.testing.assert_close(moved[2:, :, row, column], torch.full((2, 4), 0.5), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        moved[2:, :, row, column], torch.full((2, 4), 0.5), atol=1e-5, rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize(
     "changes, named",
     [
-        ({"branch": "both sides"}, "branch 'both sides' is not one of conditional, unconditional, both"),
+        (
+            {"branch": "both sides"},
+            "branch 'both sides' is not one of conditional, unconditional, both",
+        ),
         ({"signal": "outputs"}, "signal 'outputs' is not one of output, input, update"),
         ({"delta": torch.zeros(N + 1, CHANNELS)}, "delta has 4 steps; num_inference_steps=3"),
         ({"window": (0, 3)}, r"windows holds \[0, 3\].*0 to 2"),
@@ -242,15 +269,27 @@ def test_what_cannot_be_steered_is_named_and_leaves_no_hook(pipe, steer, delta, 
 @HOOKPOINTS
 def test_replacing_activations_by_themselves_changes_nothing(pipe, prompts, plain, hookpoint):
     steps = [0, 2]
-    _, h, _ = trajectories.record(pipe, prompts[:2], SEEDS, hookpoint=hookpoint, steps=steps, **SAMPLING)
+    _, h, _ = trajectories.record(
+        pipe, prompts[:2], SEEDS, hookpoint=hookpoint, steps=steps, **SAMPLING
+    )
     same = steering.replace(pipe, prompts[:2], SEEDS, hookpoint, h, steps, **SAMPLING)
     np.testing.assert_allclose(same, plain, atol=1e-5)
-    assert not np.allclose(steering.replace(pipe, prompts[:2], SEEDS, hookpoint, h + 1, steps, **SAMPLING), plain, atol=1e-3)
+    assert not np.allclose(
+        steering.replace(pipe, prompts[:2], SEEDS, hookpoint, h + 1, steps, **SAMPLING),
+        plain,
+        atol=1e-3,
+    )
 
 
 def test_replacements_reach_their_own_step_on_the_conditional_branch(pipe, prompts, overheard):
-    replacement = torch.arange(4.0).view(2, 2, 1, 1).expand(2, 2, 64, 4)  # image 0: 0, 1; image 1: 2, 3
-    _, outputs = overheard(lambda: steering.replace(pipe, prompts[:2], SEEDS, "conv_out", replacement, [2, 0], **SAMPLING))
+    replacement = (
+        torch.arange(4.0).view(2, 2, 1, 1).expand(2, 2, 64, 4)
+    )  # image 0: 0, 1; image 1: 2, 3
+    _, outputs = overheard(
+        lambda: steering.replace(
+            pipe, prompts[:2], SEEDS, "conv_out", replacement, [2, 0], **SAMPLING
+        )
+    )
     low, high = outputs.amin((2, 3, 4)), outputs.amax((2, 3, 4))
     for step, values in ((0, [1, 3]), (2, [0, 2])):
         assert low[step, 2:].tolist() == high[step, 2:].tolist() == values
@@ -260,7 +299,11 @@ def test_replacements_reach_their_own_step_on_the_conditional_branch(pipe, promp
 FAMILIES = {
     "sd1": (TUPLE, ["1", "2"], {}),
     "sd3": ("transformer_blocks.1", ["1", "2"], {}),
-    "flux": ("single_transformer_blocks.0", ["1", "2"], {"true_cfg_scale": 3.0, "negative_prompt": "gray"}),
+    "flux": (
+        "single_transformer_blocks.0",
+        ["1", "2"],
+        {"true_cfg_scale": 3.0, "negative_prompt": "gray"},
+    ),
     "dit": ("transformer_blocks.0", ["1", "2"], {}),
 }
 
@@ -271,11 +314,17 @@ FAMILIES = {
 def test_adding_at_one_step_is_replacing_by_the_sum(model, signal, branch):
     hookpoint, texts, options = FAMILIES[model]
     pipe, where, sampling = built(model), {"signal": signal, "branch": branch}, SAMPLING | options
-    _, h, _ = trajectories.record(pipe, texts, SEEDS, hookpoint=hookpoint, steps=[1], **where, **sampling)
+    _, h, _ = trajectories.record(
+        pipe, texts, SEEDS, hookpoint=hookpoint, steps=[1], **where, **sampling
+    )
     change = torch.randn(N, h.shape[-1], generator=torch.Generator().manual_seed(1))
     mask = torch.linspace(0, 1, h.shape[2])
-    added = steering.steer(pipe, texts, SEEDS, hookpoint, change, window=(1, 1), mask=mask, **where, **sampling)
-    replaced = steering.replace(pipe, texts, SEEDS, hookpoint, h + mask[:, None] * change[1], [1], **where, **sampling)
+    added = steering.steer(
+        pipe, texts, SEEDS, hookpoint, change, window=(1, 1), mask=mask, **where, **sampling
+    )
+    replaced = steering.replace(
+        pipe, texts, SEEDS, hookpoint, h + mask[:, None] * change[1], [1], **where, **sampling
+    )
     np.testing.assert_allclose(added, replaced, atol=1e-4)
     plain = trajectories.generate(pipe, texts, SEEDS, **sampling)
     assert np.abs(added - plain).max() > 1e-3

@@ -29,9 +29,16 @@ SHARD = "shard-00001.safetensors"  # the third training image, number 3
 def collect(pipe, prompts):
     def run(folder, **changes):
         values = {
-            "pipe": pipe, "prompts": prompts, "seeds": SEEDS, "split_of": SPLIT, "hookpoint": TOKENS, "steps": [0, 2],
-            "batch_size": 2, "store_dtype": torch.float32, "record_of": {"model": "tiny"},
-        }  # fmt: skip
+            "pipe": pipe,
+            "prompts": prompts,
+            "seeds": SEEDS,
+            "split_of": SPLIT,
+            "hookpoint": TOKENS,
+            "steps": [0, 2],
+            "batch_size": 2,
+            "store_dtype": torch.float32,
+            "record_of": {"model": "tiny"},
+        }
         return stores.collect(folder, **values | SAMPLING | changes)
 
     return run
@@ -81,7 +88,11 @@ def test_shards_are_neighbours_of_one_split_and_hold_every_image_once(split, bat
     shards = stores.shards_of(split, batch_size)
     assert sorted(i for images in shards for i in images) == list(range(len(split)))
     for images in shards:
-        assert 1 <= len(images) <= batch_size and images == sorted(images) and len({split[i] for i in images}) == 1
+        assert (
+            1 <= len(images) <= batch_size
+            and images == sorted(images)
+            and len({split[i] for i in images}) == 1
+        )
     full = [len(images) for images in shards]
     assert sum(n < batch_size for n in full) <= len(set(split))
 
@@ -92,9 +103,16 @@ def test_a_collection_holds_what_record_gives(collect, pipe, prompts, tmp_path, 
     assert manifest["new_images"] == 5 and manifest["missing"] == 0
     store = stores.Store(tmp_path)
     store.verify()
-    for shard, numbers in zip(sorted(tmp_path.glob("*.safetensors")), [[0, 2], [3], [1], [4]], strict=True):
+    for shard, numbers in zip(
+        sorted(tmp_path.glob("*.safetensors")), [[0, 2], [3], [1], [4]], strict=True
+    ):
         images, h, _ = trajectories.record(
-            pipe, [prompts[i] for i in numbers], [SEEDS[i] for i in numbers], hookpoint=TOKENS, steps=[0, 2], **SAMPLING
+            pipe,
+            [prompts[i] for i in numbers],
+            [SEEDS[i] for i in numbers],
+            hookpoint=TOKENS,
+            steps=[0, 2],
+            **SAMPLING,
         )
         tensors, _ = files.load_tensors(shard)
         assert tensors.keys() == {"h", "images"}
@@ -105,22 +123,46 @@ def test_a_collection_holds_what_record_gives(collect, pipe, prompts, tmp_path, 
     assert store.timesteps == pipe.scheduler.timesteps[[0, 2]].tolist()
 
 
-def test_the_manifest_tells_what_was_asked_the_versions_and_each_shards_images_and_digest(finished, prompts, pipe):
+def test_the_manifest_tells_what_was_asked_the_versions_and_each_shards_images_and_digest(
+    finished, prompts, pipe
+):
     manifest = json.loads((finished / "manifest.json").read_text())
     alphas, timesteps = pipe.scheduler.alphas_cumprod.double(), manifest["timesteps"]
     expected = {
-        "hookpoint": TOKENS, "signal": "output", "branch": "conditional", "steps": [0, 2], "prompts": prompts, "seeds": SEEDS,
-        "split": SPLIT, "batch_size": 2, "dtype": "float32", "tokens_per_image": 0, "train_images": True, "model": "tiny",
-        "scheduler": "DDIMScheduler", "sampling": SAMPLING | {"height": 0, "width": 0}, "grid": [4, 4], "channels": 32,
-        "timesteps": timesteps, "sigmas": pytest.approx([((1 - alphas[int(t)]) / alphas[int(t)]).sqrt().item() for t in timesteps]),
-        "images_of_shard": [[0, 2], [3], [1], [4]], "versions": manifest["versions"], "shards": manifest["shards"],
+        "hookpoint": TOKENS,
+        "signal": "output",
+        "branch": "conditional",
+        "steps": [0, 2],
+        "prompts": prompts,
+        "seeds": SEEDS,
+        "split": SPLIT,
+        "batch_size": 2,
+        "dtype": "float32",
+        "tokens_per_image": 0,
+        "train_images": True,
+        "model": "tiny",
+        "scheduler": "DDIMScheduler",
+        "sampling": SAMPLING | {"height": 0, "width": 0},
+        "grid": [4, 4],
+        "channels": 32,
+        "timesteps": timesteps,
+        "sigmas": pytest.approx(
+            [((1 - alphas[int(t)]) / alphas[int(t)]).sqrt().item() for t in timesteps]
+        ),
+        "images_of_shard": [[0, 2], [3], [1], [4]],
+        "versions": manifest["versions"],
+        "shards": manifest["shards"],
         "weights": stores.weights_of(pipe),
-    }  # fmt: skip
+    }
     assert manifest == expected
     assert manifest["versions"].keys() == {"python", "torch", "diffusers", "transformers"}
     assert manifest["versions"]["torch"] == torch.__version__
     assert manifest["shards"] == {p.name: files.digest(p) for p in finished.glob("*.safetensors")}
-    assert sorted(contents(finished)) == ["begun.json", "manifest.json", *(f"shard-0000{i}.safetensors" for i in range(4))]
+    assert sorted(contents(finished)) == [
+        "begun.json",
+        "manifest.json",
+        *(f"shard-0000{i}.safetensors" for i in range(4)),
+    ]
 
 
 def test_collecting_again_makes_nothing_new(collect, collected):
@@ -146,9 +188,13 @@ ALSO = {
 
 
 @pytest.mark.parametrize("store_dtype, tokens_per_image", KINDS)
-def test_taps_recorded_together_equal_each_recorded_alone(collect, tmp_path, store_dtype, tokens_per_image):
+def test_taps_recorded_together_equal_each_recorded_alone(
+    collect, tmp_path, store_dtype, tokens_per_image
+):
     options = {"store_dtype": store_dtype, "tokens_per_image": tokens_per_image}
-    collect(tmp_path / "first", also={tmp_path / name: tap for name, tap in ALSO.items()}, **options)
+    collect(
+        tmp_path / "first", also={tmp_path / name: tap for name, tap in ALSO.items()}, **options
+    )
     for name, tap in {"first": trajectories.Tap(TOKENS), **ALSO}.items():
         collect(tmp_path / "alone" / name, **tap._asdict(), **options)
         assert contents(tmp_path / name) == contents(tmp_path / "alone" / name)
@@ -183,7 +229,10 @@ def test_some_tokens_of_training_images_and_all_of_the_others(collect, finished,
 
 
 def test_which_tokens_are_kept_is_told_by_the_seed_alone(collect, tmp_path):
-    for name, changes in {"a": {"batch_size": 1}, "b": {"prompts": ["a dog"] * 5, "hookpoint": GRID}}.items():
+    for name, changes in {
+        "a": {"batch_size": 1},
+        "b": {"prompts": ["a dog"] * 5, "hookpoint": GRID},
+    }.items():
         collect(tmp_path / name, tokens_per_image=5, **changes)
     collect(tmp_path / "c", tokens_per_image=5, seeds=[99, 98, *SEEDS[2:]])
     a, b, c = (stores.Store(tmp_path / name).tokens("train") for name in "abc")
@@ -194,13 +243,19 @@ def test_which_tokens_are_kept_is_told_by_the_seed_alone(collect, tmp_path):
 def test_one_token_or_all_of_them_can_be_kept(collect, tmp_path, n):
     collect(tmp_path, tokens_per_image=n)
     store = stores.Store(tmp_path)
-    assert store.tokens("train").shape == (3, n) and next(store.batches("train", 2)).shape == (2, 2, 32)
+    assert store.tokens("train").shape == (3, n) and next(store.batches("train", 2)).shape == (
+        2,
+        2,
+        32,
+    )
 
 
 def test_training_images_can_be_left_out(collect, finished, tmp_path):
     collect(tmp_path, train_images=False)
     store, full = stores.Store(tmp_path), stores.Store(finished)
-    with pytest.raises(ValueError, match="train_images was false.*valid splits are validation, test"):
+    with pytest.raises(
+        ValueError, match="train_images was false.*valid splits are validation, test"
+    ):
         store.images("train")
     for split in ("validation", "test"):
         assert np.array_equal(store.images(split), full.images(split))
@@ -234,7 +289,9 @@ DAMAGES = pytest.mark.parametrize("damage", [lose, cut, empty, flip])
 
 @DAMAGES
 @pytest.mark.parametrize("again", ["collect", "repair"])
-def test_a_damaged_shard_is_collected_again_with_the_same_bytes(collect, pipe, collected, damage, again):
+def test_a_damaged_shard_is_collected_again_with_the_same_bytes(
+    collect, pipe, collected, damage, again
+):
     before = contents(collected)
     damage(collected / SHARD)
     done = collect(collected) if again == "collect" else stores.repair(collected, pipe)
@@ -245,11 +302,15 @@ def test_a_damaged_shard_is_collected_again_with_the_same_bytes(collect, pipe, c
 
 @pytest.mark.parametrize("damage", [lose, cut, empty])
 @pytest.mark.parametrize("again", ["collect", "repair"])
-def test_an_unfinished_folder_with_a_damaged_shard_is_finished(collect, pipe, collected, damage, again):
+def test_an_unfinished_folder_with_a_damaged_shard_is_finished(
+    collect, pipe, collected, damage, again
+):
     before = contents(collected)
     damage(collected / SHARD)
     (collected / "manifest.json").unlink()
-    assert (collect(collected) if again == "collect" else stores.repair(collected, pipe))["new_images"] == 1
+    assert (collect(collected) if again == "collect" else stores.repair(collected, pipe))[
+        "new_images"
+    ] == 1
     assert contents(collected) == before
 
 
@@ -262,8 +323,15 @@ def test_a_flipped_byte_is_not_certified_when_the_manifest_is_lost(collect, coll
 
 
 def test_repair_restores_each_tap_with_its_own_settings(collect, pipe, tmp_path):
-    options = {"tokens_per_image": 5, "train_images": False, "store_dtype": torch.bfloat16, "negative_prompt": "gray"}
-    collect(tmp_path / "first", also={tmp_path / name: tap for name, tap in ALSO.items()}, **options)
+    options = {
+        "tokens_per_image": 5,
+        "train_images": False,
+        "store_dtype": torch.bfloat16,
+        "negative_prompt": "gray",
+    }
+    collect(
+        tmp_path / "first", also={tmp_path / name: tap for name, tap in ALSO.items()}, **options
+    )
     for name in ("first", *ALSO):
         before = contents(tmp_path / name)
         flip(tmp_path / name / SHARD)
@@ -289,10 +357,17 @@ def some_tokens(collect, tmp_path_factory):
 
 @pytest.mark.usefixtures("returns")
 @pytest.mark.parametrize(
-    "damage, error, named", [(flip, ValueError, "damaged"), (cut, ValueError, "damaged"), (lose, FileNotFoundError, "missing")]
+    "damage, error, named",
+    [
+        (flip, ValueError, "damaged"),
+        (cut, ValueError, "damaged"),
+        (lose, FileNotFoundError, "missing"),
+    ],
 )
 @pytest.mark.parametrize("reader", READERS)
-def test_a_damaged_shard_is_named_by_whoever_reads_it(some_tokens, tmp_path, reader, damage, error, named):
+def test_a_damaged_shard_is_named_by_whoever_reads_it(
+    some_tokens, tmp_path, reader, damage, error, named
+):
     folder = shutil.copytree(some_tokens, tmp_path / "t")
     READERS[reader](stores.Store(folder))
     damage(folder / SHARD)
@@ -306,7 +381,15 @@ def lose_shard(manifest):
 
 @pytest.mark.parametrize("name", ["manifest.json", "begun.json"])
 @pytest.mark.parametrize(
-    "content, lacks", [("[]", "prompts"), ("{}", "prompts"), ("3", "prompts"), (lambda m: m.pop("steps"), "steps"), (lambda m: m.pop("shards", None), "shards"), (lose_shard, SHARD)]
+    "content, lacks",
+    [
+        ("[]", "prompts"),
+        ("{}", "prompts"),
+        ("3", "prompts"),
+        (lambda m: m.pop("steps"), "steps"),
+        (lambda m: m.pop("shards", None), "shards"),
+        (lose_shard, SHARD),
+    ],
 )
 def test_a_manifest_of_the_wrong_shape_is_named(collect, pipe, collected, name, content, lacks):
     path = collected / name
@@ -319,7 +402,9 @@ def test_a_manifest_of_the_wrong_shape_is_named(collect, pipe, collected, name, 
     if name == "begun.json":
         (collected / "manifest.json").unlink()
     path.write_text(content)
-    readers = [lambda: stores.repair(collected, pipe), lambda: collect(collected)] + ([lambda: stores.Store(collected)] if name == "manifest.json" else [])
+    readers = [lambda: stores.repair(collected, pipe), lambda: collect(collected)] + (
+        [lambda: stores.Store(collected)] if name == "manifest.json" else []
+    )
     for read in readers:
         with pytest.raises(ValueError, match=f"{name} is damaged .it has no '{lacks}'.; delete it"):
             read()
@@ -361,7 +446,9 @@ def test_shards_of_other_weights_are_not_mixed_in(collect, other, collected, unf
         (collected / "manifest.json").unlink()
     before = contents(collected)
     for again in (lambda: collect(collected, pipe=other), lambda: stores.repair(collected, other)):
-        with pytest.raises(ValueError, match="^model: its weights are not those that .* was made with; give"):
+        with pytest.raises(
+            ValueError, match="^model: its weights are not those that .* was made with; give"
+        ):
             again()
     assert contents(collected) == before
 
@@ -371,7 +458,11 @@ def test_a_folder_that_does_not_tell_its_weights_goes_on(collect, pipe, other, c
         told = json.loads((collected / name).read_text())
         files.save_json(collected / name, {k: v for k, v in told.items() if k != "weights"})
     before = contents(collected)
-    assert collect(collected, pipe=other)["new_images"] == 0 == stores.repair(collected, other)["new_images"]
+    assert (
+        collect(collected, pipe=other)["new_images"]
+        == 0
+        == stores.repair(collected, other)["new_images"]
+    )
     flip(collected / SHARD)
     assert stores.repair(collected, pipe)["new_images"] == 1
     assert contents(collected) == before
@@ -391,17 +482,31 @@ def test_an_unfinished_folder_is_not_a_store(tmp_path):
 # --- other settings, other machines, no room ----------------------------------------------------
 
 CHANGES = {
-    "prompts": ["a dog"] * 5, "seeds": [1, 2, 3, 4, 5], "split_of": ["train"] * 5, "hookpoint": GRID, "steps": [0, 1],
-    "batch_size": 3, "store_dtype": torch.float16, "record_of": {"model": "other"}, "num_inference_steps": 4,
-    "guidance_scale": 2.0, "height": 32, "signal": "input", "branch": "unconditional", "tokens_per_image": 5,
-    "train_images": False, "negative_prompt": "gray",
-}  # fmt: skip
+    "prompts": ["a dog"] * 5,
+    "seeds": [1, 2, 3, 4, 5],
+    "split_of": ["train"] * 5,
+    "hookpoint": GRID,
+    "steps": [0, 1],
+    "batch_size": 3,
+    "store_dtype": torch.float16,
+    "record_of": {"model": "other"},
+    "num_inference_steps": 4,
+    "guidance_scale": 2.0,
+    "height": 32,
+    "signal": "input",
+    "branch": "unconditional",
+    "tokens_per_image": 5,
+    "train_images": False,
+    "negative_prompt": "gray",
+}
 NAMED = {"split_of": "split", "store_dtype": "dtype", "record_of": "model"}
 
 
 @pytest.mark.parametrize("unfinished", [True, False])
 @pytest.mark.parametrize("name", CHANGES)
-def test_a_folder_made_otherwise_is_refused_by_name_and_left_alone(collect, collected, name, unfinished):
+def test_a_folder_made_otherwise_is_refused_by_name_and_left_alone(
+    collect, collected, name, unfinished
+):
     if unfinished:
         (collected / "manifest.json").unlink()
     before = contents(collected)
@@ -418,12 +523,42 @@ def test_an_argument_that_was_given_before_and_now_is_not_is_named(collect, tmp_
 
 LONG = "a lighthouse at the end of a long pier in a storm, by night, "
 DIFFERENCES = {
-    "more": ("prompts", [LONG] * 5, [LONG] * 6, "prompts has 6 entries, but .* was made with 5; give"),
-    "one": ("prompts", [LONG] * 5, [LONG] * 3 + ["a dog", LONG], "prompts is 'a dog' at entry 3, but .* was made with 'a lighthouse at the end of .*… there; give"),
-    "ends": ("negative_prompt", LONG + "in oil", LONG + "in ink", "negative_prompt is …storm, by night, in ink', but .* was made with …storm, by night, in oil'; give"),
-    "within": ("prompts", [LONG] * 5, [LONG] * 4 + [LONG + "x"], "prompts is … a storm, by night, x' at entry 4, but .* was made with … a storm, by night, ' there; give"),
-    "nothing": ("negative_prompt", LONG, None, "negative_prompt is None, but .* was made with 'a light"),
-    "long numbers": ("seeds", [*range(100)], [*range(99), 7], "seeds is 7 at entry 99, but .* was made with 99 there; give"),
+    "more": (
+        "prompts",
+        [LONG] * 5,
+        [LONG] * 6,
+        "prompts has 6 entries, but .* was made with 5; give",
+    ),
+    "one": (
+        "prompts",
+        [LONG] * 5,
+        [LONG] * 3 + ["a dog", LONG],
+        "prompts is 'a dog' at entry 3, but .* was made with 'a lighthouse at the end of .*… there; give",
+    ),
+    "ends": (
+        "negative_prompt",
+        LONG + "in oil",
+        LONG + "in ink",
+        "negative_prompt is …storm, by night, in ink', but .* was made with …storm, by night, in oil'; give",
+    ),
+    "within": (
+        "prompts",
+        [LONG] * 5,
+        [LONG] * 4 + [LONG + "x"],
+        "prompts is … a storm, by night, x' at entry 4, but .* was made with … a storm, by night, ' there; give",
+    ),
+    "nothing": (
+        "negative_prompt",
+        LONG,
+        None,
+        "negative_prompt is None, but .* was made with 'a light",
+    ),
+    "long numbers": (
+        "seeds",
+        [*range(100)],
+        [*range(99), 7],
+        "seeds is 7 at entry 99, but .* was made with 99 there; give",
+    ),
 }
 
 
@@ -435,7 +570,13 @@ def test_it_is_said_where_long_values_differ(collected, case):
     for file in ("manifest.json", "begun.json"):
         files.save_json(collected / file, told)
     with pytest.raises(ValueError, match=said) as refused:
-        stores.refuse_others(collected, {name: now, "sampling": told["sampling"] | ({name: now} if name == "negative_prompt" else {})})
+        stores.refuse_others(
+            collected,
+            {
+                name: now,
+                "sampling": told["sampling"] | ({name: now} if name == "negative_prompt" else {}),
+            },
+        )
     assert len(str(refused.value)) < 300 + len(str(collected))
 
 
@@ -446,11 +587,17 @@ def test_two_taps_cannot_share_a_folder(collect, tmp_path):
 
 def test_a_run_that_cannot_be_a_folder_is_named(collect, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    for folder, why in ((tmp_path / "file" / "t", "file is no folder"), (tmp_path / "file", "file is no folder"), ("/dev/null/x/t", "/dev/null is no folder")):
+    for folder, why in (
+        (tmp_path / "file" / "t", "file is no folder"),
+        (tmp_path / "file", "file is no folder"),
+        ("/dev/null/x/t", "/dev/null is no folder"),
+    ):
         with pytest.raises(OSError, match=f"^run: {folder} cannot be written, since .*{why}"):
             collect(folder)
     monkeypatch.setattr(os, "access", lambda path, mode: False)
-    with pytest.raises(OSError, match=f"^run: {tmp_path}/t cannot be written, since {tmp_path} is read-only"):
+    with pytest.raises(
+        OSError, match=f"^run: {tmp_path}/t cannot be written, since {tmp_path} is read-only"
+    ):
         collect(tmp_path / "t")
 
 
@@ -459,7 +606,9 @@ def test_a_finished_folder_need_not_be_written(collect, collected, monkeypatch):
     assert collect(collected)["new_images"] == 0
 
 
-def test_a_further_taps_folder_made_otherwise_is_refused_before_anything_is_written(collect, finished, tmp_path):
+def test_a_further_taps_folder_made_otherwise_is_refused_before_anything_is_written(
+    collect, finished, tmp_path
+):
     with pytest.raises(ValueError, match="^hookpoint is "):
         collect(tmp_path / "t", also={finished: ALSO["grid"]})
     assert not (tmp_path / "t").exists()
@@ -503,8 +652,12 @@ def test_a_folder_made_with_another_scheduler_is_refused(collect, collected, pip
         ({"clip_skp": 1}, "StableDiffusionPipeline does not take clip_skp; valid are .*clip_skip"),
     ],
 )
-def test_what_cannot_be_collected_is_named_and_does_not_spoil_the_folder(collect, tmp_path, changes, named):
-    if changes.get("branch") != "unconditional":  # which is found out only where guidance should have run it
+def test_what_cannot_be_collected_is_named_and_does_not_spoil_the_folder(
+    collect, tmp_path, changes, named
+):
+    if (
+        changes.get("branch") != "unconditional"
+    ):  # which is found out only where guidance should have run it
         with pytest.raises(ValueError, match=named):
             collect(tmp_path / "t", only_check=True, **changes)
     with pytest.raises(ValueError, match=named):
@@ -514,14 +667,19 @@ def test_what_cannot_be_collected_is_named_and_does_not_spoil_the_folder(collect
     assert collect(tmp_path / "t")["new_images"] == 5
 
 
-def test_activations_too_large_for_float16_are_refused_and_the_advice_works(collect, pipe, tmp_path):
+def test_activations_too_large_for_float16_are_refused_and_the_advice_works(
+    collect, pipe, tmp_path
+):
     loud = copy.deepcopy(pipe)
     with torch.no_grad():
         loud.unet.get_submodule(TUPLE).proj_out.weight *= 1e7
     loud.set_progress_bar_config(disable=True)
     with pytest.raises(ValueError, match="store_dtype.*float16.*float32"):
         collect(tmp_path / "t", pipe=loud, hookpoint=TUPLE, store_dtype=torch.float16)
-    assert collect(tmp_path / "t", pipe=loud, hookpoint=TUPLE, store_dtype=torch.float32)["new_images"] == 5
+    assert (
+        collect(tmp_path / "t", pipe=loud, hookpoint=TUPLE, store_dtype=torch.float32)["new_images"]
+        == 5
+    )
 
 
 def test_activations_that_overflow_in_the_model_are_refused(collect, pipe, tmp_path):
@@ -529,7 +687,9 @@ def test_activations_that_overflow_in_the_model_are_refused(collect, pipe, tmp_p
     with torch.no_grad():
         broken.unet.get_submodule(TUPLE).proj_out.bias[3] = torch.nan
     broken.set_progress_bar_config(disable=True)
-    with pytest.raises(ValueError, match="dtype: the activations of .* hold NaN or infinity in float32"):
+    with pytest.raises(
+        ValueError, match="dtype: the activations of .* hold NaN or infinity in float32"
+    ):
         collect(tmp_path / "t", pipe=broken, hookpoint=TUPLE)
 
 
@@ -542,9 +702,14 @@ ROOMS = {  # tokens of each of the five images, and how many of them are stored 
 
 
 @pytest.mark.parametrize("case", ROOMS)
-def test_too_little_disk_is_refused_before_anything_is_written(collect, tmp_path, monkeypatch, case):
+def test_too_little_disk_is_refused_before_anything_is_written(
+    collect, tmp_path, monkeypatch, case
+):
     options, tokens, pictures = ROOMS[case]
-    need = sum(trajectories.bytes_per_image(2, n, 32, torch.float32) for n in tokens) + pictures * IMAGE
+    need = (
+        sum(trajectories.bytes_per_image(2, n, 32, torch.float32) for n in tokens)
+        + pictures * IMAGE
+    )
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(stores.shutil, "disk_usage", lambda _: usage._replace(free=need - 1))
     with pytest.raises(OSError, match="n_train: 5 images need .*tokens_per_image"):
@@ -553,7 +718,10 @@ def test_too_little_disk_is_refused_before_anything_is_written(collect, tmp_path
     monkeypatch.setattr(stores.shutil, "disk_usage", lambda _: usage._replace(free=need))
     collect(tmp_path / "t", **options)
     written = sum(
-        t.nbytes for p in tmp_path.rglob("*.safetensors") for name, t in files.load_tensors(p)[0].items() if name != "tokens"
+        t.nbytes
+        for p in tmp_path.rglob("*.safetensors")
+        for name, t in files.load_tensors(p)[0].items()
+        if name != "tokens"
     )
     assert written == need
 
@@ -564,14 +732,18 @@ def test_each_process_counts_the_room_that_all_of_them_need(collect, tmp_path, m
     usage = shutil.disk_usage(tmp_path)
     share = {"accelerator": Process(1)} if "accelerator" in share else share
     monkeypatch.setattr(stores.shutil, "disk_usage", lambda _: usage._replace(free=need - 1))
-    with pytest.raises(OSError, match=r"n_train: 5 images need 24.32 kB in .*, which has 24.32 kB free; choose"):
+    with pytest.raises(
+        OSError, match=r"n_train: 5 images need 24.32 kB in .*, which has 24.32 kB free; choose"
+    ):
         collect(tmp_path / "t", **share)
     monkeypatch.setattr(stores.shutil, "disk_usage", lambda _: usage._replace(free=need))
     assert collect(tmp_path / "t", **share)["missing"] == 2
 
 
 @DAMAGES
-def test_a_shard_damaged_before_the_folder_is_finished_is_collected_again(collect, finished, tmp_path, damage):
+def test_a_shard_damaged_before_the_folder_is_finished_is_collected_again(
+    collect, finished, tmp_path, damage
+):
     collect(tmp_path, shard_index=1, num_shards=2)
     damage(tmp_path / SHARD)
     assert collect(tmp_path)["new_images"] == 4
@@ -579,7 +751,9 @@ def test_a_shard_damaged_before_the_folder_is_finished_is_collected_again(collec
 
 
 def test_what_another_machine_is_writing_is_let_be(collect, tmp_path):
-    theirs, ours, other = (tmp_path / f".{name}.1.part" for name in (SHARD, "shard-00000.safetensors", "begun.json"))
+    theirs, ours, other = (
+        tmp_path / f".{name}.1.part" for name in (SHARD, "shard-00000.safetensors", "begun.json")
+    )
     for path in (theirs, ours, other):
         path.write_bytes(b"half")
     collect(tmp_path, shard_index=0, num_shards=2)
@@ -588,9 +762,13 @@ def test_what_another_machine_is_writing_is_let_be(collect, tmp_path):
     assert not theirs.exists() and not other.exists()
 
 
-def test_a_folder_is_looked_through_once_however_many_shards_it_lacks(collect, tmp_path, monkeypatch):
+def test_a_folder_is_looked_through_once_however_many_shards_it_lacks(
+    collect, tmp_path, monkeypatch
+):
     looked, glob = [], files.Path.glob
-    monkeypatch.setattr(files.Path, "glob", lambda folder, pattern: looked.append(folder) or glob(folder, pattern))
+    monkeypatch.setattr(
+        files.Path, "glob", lambda folder, pattern: looked.append(folder) or glob(folder, pattern)
+    )
     collect(tmp_path, batch_size=1)
     assert looked == [tmp_path]
 
@@ -646,15 +824,25 @@ def test_two_machines_that_share_a_folder_make_what_one_makes(collect, finished,
 # --- killed at any moment -----------------------------------------------------------------------
 
 
-def test_a_collection_killed_at_any_moment_goes_on_to_the_same_bytes(collect, prompts, tmp_path, monkeypatch):
+def test_a_collection_killed_at_any_moment_goes_on_to_the_same_bytes(
+    collect, prompts, tmp_path, monkeypatch
+):
     fsync = os.fsync
-    monkeypatch.setattr(os, "fsync", lambda f: (time.sleep(0.004), fsync(f)))  # so that a kill may fall between two files
+    monkeypatch.setattr(
+        os, "fsync", lambda f: (time.sleep(0.004), fsync(f))
+    )  # so that a kill may fall between two files
 
     def run(name):
         collect(
-            tmp_path / name, prompts=prompts * 2, seeds=range(10), split_of=SPLIT * 2, steps=[0, 1],
-            also={tmp_path / f"{name}-also": ALSO["grid"]}, num_inference_steps=2, guidance_scale=1.0,
-        )  # fmt: skip
+            tmp_path / name,
+            prompts=prompts * 2,
+            seeds=range(10),
+            split_of=SPLIT * 2,
+            steps=[0, 1],
+            also={tmp_path / f"{name}-also": ALSO["grid"]},
+            num_inference_steps=2,
+            guidance_scale=1.0,
+        )
 
     begin = time.perf_counter()
     run("whole")
@@ -683,7 +871,10 @@ def test_a_collection_killed_at_any_moment_goes_on_to_the_same_bytes(collect, pr
             n += 1
     for i in range(n + 1):
         run(f"killed-{i}")
-        assert (contents(tmp_path / f"killed-{i}"), contents(tmp_path / f"killed-{i}-also")) == expected
+        assert (
+            contents(tmp_path / f"killed-{i}"),
+            contents(tmp_path / f"killed-{i}-also"),
+        ) == expected
     assert killed == 20
 
 
@@ -692,16 +883,35 @@ def test_a_collection_killed_at_any_moment_goes_on_to_the_same_bytes(collect, pr
 
 def test_the_splits_share_out_every_image_once(finished):
     store = stores.Store(finished)
-    assert {s: store.indices(s).tolist() for s in stores.SPLITS} == {"train": [0, 2, 3], "validation": [1], "test": [4]}
+    assert {s: store.indices(s).tolist() for s in stores.SPLITS} == {
+        "train": [0, 2, 3],
+        "validation": [1],
+        "test": [4],
+    }
     for split in stores.SPLITS:
-        assert sum(len(h) for h in store.shards(split)) == len(store.images(split)) == len(store.indices(split))
+        assert (
+            sum(len(h) for h in store.shards(split))
+            == len(store.images(split))
+            == len(store.indices(split))
+        )
 
 
-@pytest.mark.parametrize("rows", [slice(None), slice(4), [5], [22, 0, 7, 7], np.array([3, 21]), slice(20, 2, -6), []])
+@pytest.mark.parametrize(
+    "rows", [slice(None), slice(4), [5], [22, 0, 7, 7], np.array([3, 21]), slice(20, 2, -6), []]
+)
 def test_some_images_of_a_split(many, rows):
-    every = np.concatenate([files.load_tensors(p)[0]["images"].numpy() for p in sorted(many.glob("*.safetensors"))])[:23].astype(np.float32) / 255
+    every = (
+        np.concatenate(
+            [files.load_tensors(p)[0]["images"].numpy() for p in sorted(many.glob("*.safetensors"))]
+        )[:23].astype(np.float32)
+        / 255
+    )
     found = stores.Store(many).images("train", rows)
-    assert found.dtype == np.float32 and np.array_equal(found, every[rows]) and found.shape[1:] == (16, 16, 3)
+    assert (
+        found.dtype == np.float32
+        and np.array_equal(found, every[rows])
+        and found.shape[1:] == (16, 16, 3)
+    )
 
 
 def test_only_the_shards_of_the_images_asked_for_are_read(many, tmp_path):
@@ -714,8 +924,18 @@ def test_only_the_shards_of_the_images_asked_for_are_read(many, tmp_path):
 def test_images_are_held_in_memory_once(many, tmp_path):
     large = stores.Store(shutil.copytree(many, tmp_path / "t"))
     for name in large.manifest["shards"]:
-        files.save_tensors(tmp_path / "t" / name, {"images": torch.zeros(3, 128, 128, 3, dtype=torch.uint8)})
-    files.save_json(tmp_path / "t" / "manifest.json", large.manifest | {"shards": {name: files.digest(tmp_path / "t" / name) for name in large.manifest["shards"]}})
+        files.save_tensors(
+            tmp_path / "t" / name, {"images": torch.zeros(3, 128, 128, 3, dtype=torch.uint8)}
+        )
+    files.save_json(
+        tmp_path / "t" / "manifest.json",
+        large.manifest
+        | {
+            "shards": {
+                name: files.digest(tmp_path / "t" / name) for name in large.manifest["shards"]
+            }
+        },
+    )
     large = stores.Store(tmp_path / "t")
     tracemalloc.start()
     held = large.images("train").nbytes
@@ -765,9 +985,18 @@ def many(pipe, tmp_path_factory):
     folder, n = tmp_path_factory.mktemp("many"), 26
     split = ["train"] * 20 + ["validation"] * 2 + ["train"] * 3 + ["test"]
     stores.collect(
-        folder, pipe, ["a dog"] * n, range(n), split, hookpoint=TOKENS, steps=[0, 1], batch_size=3,
-        store_dtype=torch.float32, num_inference_steps=2, guidance_scale=1.0,
-    )  # fmt: skip
+        folder,
+        pipe,
+        ["a dog"] * n,
+        range(n),
+        split,
+        hookpoint=TOKENS,
+        steps=[0, 1],
+        batch_size=3,
+        store_dtype=torch.float32,
+        num_inference_steps=2,
+        guidance_scale=1.0,
+    )
     return folder
 
 
@@ -784,8 +1013,13 @@ def every(many):
 @pytest.mark.parametrize("batch_size", [7, 16, 120, 500])
 def test_batches_go_through_every_trajectory_once_an_epoch(many, every, batch_size, buffer_bytes):
     epochs = 3
-    batches = take(-(-epochs * N // batch_size), stores.Store(many).batches("train", batch_size, 3, buffer_bytes=buffer_bytes))
-    assert {tuple(b.shape) for b in batches} == {(batch_size, 2, 32)} and batches[0].dtype == torch.float32
+    batches = take(
+        -(-epochs * N // batch_size),
+        stores.Store(many).batches("train", batch_size, 3, buffer_bytes=buffer_bytes),
+    )
+    assert {tuple(b.shape) for b in batches} == {(batch_size, 2, 32)} and batches[
+        0
+    ].dtype == torch.float32
     drawn = torch.cat(batches)
     for epoch in range(epochs):
         assert rows(drawn[N * epoch : N * (epoch + 1)]) == rows(every[0])
@@ -814,11 +1048,17 @@ def test_a_later_start_leaves_batches_out(many, start, batch_size, buffer_bytes,
     assert torch.equal(torch.stack(late), torch.stack(whole[start:]))
 
 
-@given(n=st.sampled_from([1, 2, 3, 4]), buffer_bytes=st.sampled_from(BUFFERS), start=st.integers(0, 30))
+@given(
+    n=st.sampled_from([1, 2, 3, 4]), buffer_bytes=st.sampled_from(BUFFERS), start=st.integers(0, 30)
+)
 def test_the_shares_of_the_processes_make_up_each_batch(many, n, buffer_bytes, start):
     options = {"batch_size": 24, "seed": 1, "buffer_bytes": buffer_bytes, "start": start}
-    shares = [take(3, stores.Store(many).batches("train", share=(i, n), **options)) for i in range(n)]
-    for whole, *parts in zip(take(3, stores.Store(many).batches("train", **options)), *shares, strict=True):
+    shares = [
+        take(3, stores.Store(many).batches("train", share=(i, n), **options)) for i in range(n)
+    ]
+    for whole, *parts in zip(
+        take(3, stores.Store(many).batches("train", **options)), *shares, strict=True
+    ):
         assert {len(p) for p in parts} == {24 // n}
         assert torch.equal(torch.cat(parts), whole)
 
