@@ -5,11 +5,11 @@ BIN := .venv/bin
 
 # Run notebooks 01 to 06 on the shipped model; what is done and intact is skipped.
 demo: .venv/installed
-	$(BIN)/python -m helpers.runs demo
+	$(BIN)/python -m helpers.run.folder demo
 
 # The same with another file of notebooks/parameters: make run RUN=sd15
 run: .venv/installed
-	$(BIN)/python -m helpers.runs $(RUN)
+	$(BIN)/python -m helpers.run.folder $(RUN)
 
 # Lint, unit tests, every notebook at smoke size, papermill with changed parameters.
 test: .venv/installed
@@ -24,7 +24,7 @@ slow: .venv/installed
 
 # What a run will take, before it is begun: make estimate RUN=sd15
 estimate: .venv/installed
-	$(BIN)/python -m helpers.estimate $(RUN)
+	$(BIN)/python -m helpers.run.estimate $(RUN)
 
 # Speed and memory as ratios, measured here, into the README; run it when nothing else runs.
 bench: .venv/installed .venv-peers/installed
@@ -32,7 +32,7 @@ bench: .venv/installed .venv-peers/installed
 
 # Renew what is committed: outputs of the notebooks, figures/demo, the README's results table.
 notebooks: .venv/installed
-	$(BIN)/python -m helpers.runs demo --publish
+	$(BIN)/python -m helpers.run.folder demo --publish
 
 lab: .venv/installed
 	$(BIN)/jupyter lab notebooks

@@ -16,9 +16,9 @@ import torch
 from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
 from huggingface_hub.constants import CONFIG_NAME, SAFETENSORS_SINGLE_FILE
 
-from helpers import runs
 from helpers.files import load_json, load_tensors, save_tensors
 from helpers.predictors import Predictors
+from helpers.run import folder as runs
 from helpers.sae import SAE
 
 # of a collection's manifest, what is needed to listen and to steer where it was recorded

@@ -151,7 +151,8 @@ def peak_of(side: str, size: dict, threads: int) -> int:
 
 
 def recording_sides(size: dict) -> dict:
-    from helpers import runs, trajectories
+    from helpers import trajectories
+    from helpers.run import folder as runs
 
     pipe, n = runs.load_pipeline("demo", "cpu"), size["images"]
     prompts = [
@@ -538,7 +539,7 @@ def from_disk(folder: Path) -> None:
 
 def epochs(folder: Path, size: dict):
     """The batches of a store that has not been read yet: one epoch each time it is asked for one."""
-    from helpers.stores import Store
+    from helpers.store.collect import Store
 
     batches = Store(folder).batches("train", size["batch"], buffer_bytes=size["buffer"])
     per_epoch = size["images"] * size["grid"] ** 2 // size["batch"]
@@ -635,7 +636,6 @@ def measure_alone(side: str, size: dict) -> None:
     """Print the peak memory of one side, less that of the imports."""
     import sklearn.linear_model  # noqa: F401
 
-    from helpers import predictors, runs, sae, stores, trajectories  # noqa: F401
 
     if side.startswith("recording"):
         from diffusers import StableDiffusionPipeline  # noqa: F401

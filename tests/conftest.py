@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from helpers import scenes
+from helpers.demo import world as scenes
 from helpers.predictors import Predictors
 
 matplotlib.use("Agg")

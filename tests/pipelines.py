@@ -37,7 +37,7 @@ from transformers import (
     T5Tokenizer,
 )
 
-from helpers.demo_model import MAX_TOKENS, build_tokenizer
+from helpers.demo.model import MAX_TOKENS, build_tokenizer
 
 CLIP_WIDTH, T5_WIDTH = 16, 32
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}

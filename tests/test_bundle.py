@@ -9,10 +9,13 @@ import torch
 from conftest import SAMPLING, TOKENS
 from test_jobs import fit, parameters, start
 
-from helpers import jobs, runs, sae, steering, stores
+from helpers import sae, steering
 from helpers.bundle import TOLD, Bundle
 from helpers.files import load_json, save_json, save_tensors
 from helpers.predictors import Predictors
+from helpers.run import folder as runs
+from helpers.run import jobs
+from helpers.store import collect as stores
 
 
 @pytest.fixture(scope="module")

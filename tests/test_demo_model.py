@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from helpers import demo_model, scenes
+from helpers.demo import model as demo_model
+from helpers.demo import world as scenes
 
 
 def test_every_word_of_a_caption_is_one_token():

@@ -4,7 +4,9 @@ import pipelines
 import pytest
 import torch
 
-from helpers import estimate, runs, stores
+from helpers.run import estimate
+from helpers.run import folder as runs
+from helpers.store import collect as stores
 
 FIRST = {
     "run": "r",

@@ -10,8 +10,10 @@ from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNe
 from test_notebooks import papermill
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from helpers import estimate, files, runs
-from helpers.demo_model import build_tokenizer
+from helpers import files
+from helpers.demo.model import build_tokenizer
+from helpers.run import estimate
+from helpers.run import folder as runs
 
 pytestmark = pytest.mark.slow
 

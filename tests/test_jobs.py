@@ -13,8 +13,12 @@ import torch
 import yaml
 from conftest import TOKENS
 
-from helpers import jobs, predictors, runs, sae, scenes, stores
+from helpers import predictors, sae
+from helpers.demo import world as scenes
 from helpers.files import load_json, load_tensors
+from helpers.run import folder as runs
+from helpers.run import jobs
+from helpers.store import collect as stores
 
 TESTS = Path(__file__).parent
 
@@ -476,7 +480,7 @@ def free_port():
 LAUNCHED = """
 import json, sys
 import pipelines
-from helpers import jobs
+from helpers.run import jobs
 from test_jobs import fit
 
 p = json.load(open("p.json"))
@@ -583,7 +587,7 @@ NOTEBOOK = """
 import json, sys
 import torch
 from accelerate import notebook_launcher
-from helpers import jobs
+from helpers.run import jobs
 
 p, port = json.load(open(sys.argv[1])), sys.argv[2]
 torch.set_num_threads(2)

@@ -3,7 +3,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helpers import labels, scenes
+from helpers.demo import world as scenes
+from helpers.measure import labels
 
 
 def naive_shares(mask, grid):

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from sklearn.metrics import roc_auc_score
 
-from helpers import metrics
+from helpers.measure import metrics
 
 nan = float("nan")
 

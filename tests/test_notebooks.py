@@ -8,7 +8,9 @@ import pytest
 import torch
 import yaml
 
-from helpers import files, report, runs
+from helpers import files
+from helpers.run import folder as runs
+from helpers.run import report
 
 NAMES = sorted(p.stem for p in runs.NOTEBOOKS.glob("0*.ipynb"))
 TINY = {

@@ -6,8 +6,8 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from helpers import plotting
-from helpers.metrics import Estimate
+from helpers.measure.metrics import Estimate
+from helpers.plots import style as plotting
 
 IMAGE = np.full((16, 32, 3), 0.5)
 

@@ -3,7 +3,7 @@ import json
 import datasets
 import pytest
 
-from helpers.prompts import read_prompts
+from helpers.run.prompts import read_prompts
 
 PROMPTS = ["a dog", 'a cät, "two" cats', "7", "three\tbirds"]
 TABLES = {

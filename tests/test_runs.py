@@ -8,7 +8,8 @@ import torch
 import yaml
 from conftest import SAMPLING
 
-from helpers import files, runs, trajectories
+from helpers import files, trajectories
+from helpers.run import folder as runs
 
 # --- folders and choices ------------------------------------------------------------------------
 

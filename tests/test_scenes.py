@@ -4,8 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from helpers import scenes
-from helpers.scenes import ATTRIBUTES, BACKGROUNDS, HELD_OUT, PAIRS, POSITIONS, Object, Scene
+from helpers.demo import world as scenes
+from helpers.demo.world import ATTRIBUTES, BACKGROUNDS, HELD_OUT, PAIRS, POSITIONS, Object, Scene
 
 
 def objects_at(position):

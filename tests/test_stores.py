@@ -18,7 +18,8 @@ from diffusers import HeunDiscreteScheduler
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helpers import files, stores, trajectories
+from helpers import files, trajectories
+from helpers.store import collect as stores
 
 SPLIT = ["train", "validation", "train", "train", "test"]
 SEEDS = [10, 11, 12, 13, 14]

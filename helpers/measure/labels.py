@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from helpers import scenes
+from helpers.demo import world as scenes
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,8 @@
 A run is a folder, `runs/<run>/`: what notebooks hand on to each other, `metrics/<notebook>.json` for the figures they report, and
 `notebooks/` for the executed copies. Its plots are in `figures/<run>/`. From the shell:
 
-    python -m helpers.runs demo              # run notebooks 01 to 06 with notebooks/parameters/demo.yaml
-    python -m helpers.runs demo --publish    # and put their outputs into the committed notebooks
+    python -m helpers.run.folder demo              # run notebooks 01 to 06 with notebooks/parameters/demo.yaml
+    python -m helpers.run.folder demo --publish    # and put their outputs into the committed notebooks
 """
 
 from __future__ import annotations
@@ -26,9 +26,11 @@ import torch
 
 from helpers.files import digest, load_json, load_tensors, save_json
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = ROOT / "notebooks"
-DEMO_MODEL = Path(__file__).parent / "demo_weights"  # the shipped model, trained by notebook 00
+DEMO_MODEL = (
+    Path(__file__).resolve().parents[1] / "demo" / "weights"
+)  # the shipped model, trained by notebook 00
 
 
 # --- what a notebook needs ----------------------------------------------------------------------
@@ -342,7 +344,7 @@ def execute(name: str) -> list[Path]:
     folder, figures = run_folder(run), figures_folder(run)
     (folder / "notebooks").mkdir(parents=True, exist_ok=True)
     code = hashlib.sha256(
-        b"".join(p.read_bytes() for p in sorted(Path(__file__).parent.glob("*.py")))
+        b"".join(p.read_bytes() for p in sorted(Path(__file__).resolve().parents[1].rglob("*.py")))
     ).hexdigest()
     copies = []
     for notebook in analysis_notebooks():
@@ -423,7 +425,7 @@ def publish(copies: list[Path]) -> None:
 
 def publish_metrics(run: str) -> None:
     """Copy a run's metrics beside its figures, leave only its own plots there, and write the README's results table."""
-    from helpers import report
+    from helpers.run import report
 
     made = {
         ROOT / p
@@ -472,7 +474,7 @@ def commit() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m helpers.runs", description="Run notebooks 01 to 06."
+        prog="python -m helpers.run.folder", description="Run notebooks 01 to 06."
     )
     parser.add_argument(
         "parameters", help="a file in notebooks/parameters, without .yaml, or a path to one"

@@ -34,7 +34,7 @@ PALETTE = {
 
 
 def use_style() -> None:
-    """Apply `helpers/paper.mplstyle`."""
+    """Apply `helpers/plots/paper.mplstyle`."""
     plt.style.use(Path(__file__).parent / "paper.mplstyle")
 
 

@@ -30,9 +30,10 @@ from tokenizers import pre_tokenizers
 from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from helpers import metrics, scenes
+from helpers.demo import world as scenes
 from helpers.files import load_tensors, save_tensors
-from helpers.runs import require
+from helpers.measure import metrics
+from helpers.run.folder import require
 from helpers.trajectories import generate
 
 MAX_TOKENS = 32
@@ -659,7 +660,7 @@ scheduler, {size / 1e6:.1f} MB of float16 safetensors. It draws 64 × 64 pixel s
 repository runs in minutes on a laptop, on images whose truth is known.
 
 ## Data
-Scenes drawn by `helpers/scenes.py`, nothing else: no photographs, no text from the web. {p["n_scenes"]:,} training scenes for the
+Scenes drawn by `helpers/demo/world.py`, nothing else: no photographs, no text from the web. {p["n_scenes"]:,} training scenes for the
 denoiser, fresh ones in every batch for the autoencoder. Kept out of training: every scene with one of the pairs {pairs}
 ("held out"), and a tenth of the other captions, chosen by hash ("unseen").
 
@@ -671,7 +672,7 @@ denoiser, fresh ones in every batch for the autoencoder. Kept out of training: e
 
 ## Quality
 {p["n_captions"]} captions that training never saw, one image each, DDIM with {p["num_inference_steps"]} steps, guidance
-{p["guidance_scale"]}; read and judged by `helpers/scenes.py`. Shares of objects, with 95 % bootstrap intervals over images.
+{p["guidance_scale"]}; read and judged by `helpers/demo/world.py`. Shares of objects, with 95 % bootstrap intervals over images.
 
 {quality_table(quality)}
 

@@ -1,10 +1,10 @@
 """The long work of notebooks 01 to 03 on several processes or machines; the notebooks then find it done.
 
-    accelerate launch --num_processes 8 -m helpers.jobs collect sd15
-    accelerate launch --num_processes 8 -m helpers.jobs moments sd15
-    accelerate launch --num_processes 8 -m helpers.jobs train sd15
+    accelerate launch --num_processes 8 -m helpers.run.jobs collect sd15
+    accelerate launch --num_processes 8 -m helpers.run.jobs moments sd15
+    accelerate launch --num_processes 8 -m helpers.run.jobs train sd15
 
-(without a GPU: `torchrun --nproc_per_node 2 -m helpers.jobs …`, since accelerate alone starts one process there). The last argument is a file of notebooks/parameters, as for `make run`. From a notebook, before anything has used the GPU:
+(without a GPU: `torchrun --nproc_per_node 2 -m helpers.run.jobs …`, since accelerate alone starts one process there). The last argument is a file of notebooks/parameters, as for `make run`. From a notebook, before anything has used the GPU:
 `accelerate.notebook_launcher(jobs.collect, (runs.parameters_for("01", "sd15"),), num_processes=8)`. Machines that
 share a disk each take a part of a collection: add `--shard_index 0 --num_shards 4` on the first of four.
 """
@@ -23,8 +23,11 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 
-from helpers import predictors, runs, sae, scenes, stores, trajectories
-from helpers.prompts import read_prompts
+from helpers import predictors, sae, trajectories
+from helpers.demo import world as scenes
+from helpers.run import folder as runs
+from helpers.run.prompts import read_prompts
+from helpers.store import collect as stores
 
 LEAST = {  # of the parameters of notebooks 01 and 03, the least that can be worked with
     "collect": {
@@ -294,7 +297,7 @@ def train(parameters: dict) -> tuple[sae.SAE, sae.History]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="accelerate launch -m helpers.jobs", description=__doc__.splitlines()[0]
+        prog="accelerate launch -m helpers.run.jobs", description=__doc__.splitlines()[0]
     )
     parser.add_argument("job", choices=("collect", "moments", "train"))
     parser.add_argument(

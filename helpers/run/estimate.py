@@ -1,6 +1,6 @@
 """What a run will take before it is begun: bytes on disk, arithmetic, hours, memory.
 
-    python -m helpers.estimate sd15 --tflops 60
+    python -m helpers.run.estimate sd15 --tflops 60
 
 Sizes are exact, from one call of the denoiser for one image on whatever device is there; hours follow from the arithmetic counted
 in that call and the rate that `--tflops` says the GPU sustains (a half to a third of what its maker
@@ -19,9 +19,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from helpers import jobs, runs, stores, trajectories
+from helpers import trajectories
 from helpers.files import in_units
 from helpers.hooks import denoiser_of
+from helpers.run import folder as runs
+from helpers.run import jobs
+from helpers.store import collect as stores
 
 
 class PeakMemory(TorchDispatchMode):
@@ -168,7 +171,7 @@ def say(figures: dict) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m helpers.estimate", description=__doc__.splitlines()[0]
+        prog="python -m helpers.run.estimate", description=__doc__.splitlines()[0]
     )
     parser.add_argument(
         "parameters", help="a file in notebooks/parameters, without .yaml, or a path to one"
