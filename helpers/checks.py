@@ -1,0 +1,70 @@
+"""Checks of what a person gives: one sentence that names the parameter, its value and what would be valid."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Iterable
+from numbers import Real
+from typing import NoReturn
+
+import torch
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def refuse(name: str, value, valid: str) -> NoReturn:
+    """Raise ValueError: "`name` is `value`; it must be `valid`". A long value is cut to 80 characters."""
+    shown = repr(value)
+    raise ValueError(
+        f"{name} is {shown if len(shown) <= 80 else shown[:79] + '…'}; it must be {valid}"
+    )
+
+
+def in_range(name: str, value, low: float, high: float = math.inf):
+    """The value, if it is a finite number with low <= value <= high; else ValueError names it."""
+    if not isinstance(value, Real) or not math.isfinite(value) or not low <= value <= high:
+        refuse(name, value, f"at least {low}" if high == math.inf else f"from {low} to {high}")
+    return value
+
+
+def positive(name: str, value):
+    """The value, if it is a finite number above 0; else ValueError names it."""
+    if not isinstance(value, Real) or not 0 < value < math.inf:
+        refuse(name, value, "above 0")
+    return value
+
+
+def one_of(name: str, value, valid: Iterable):
+    """The value, if it is one of `valid`; else ValueError lists them."""
+    valid = list(valid)
+    if value not in valid:
+        refuse(name, value, f"one of {', '.join(map(repr, valid))}")
+    return value
+
+
+def nearest(name: str, known: Iterable[str], n: int = 4) -> str:
+    """The `n` known names most like a misspelt one, or the first `n`, as "a, b, c"."""
+    known = list(known)
+    return ", ".join(difflib.get_close_matches(str(name), known, n, 0.5) or known[:n])
+
+
+def choose_device(device: str) -> str:
+    """'auto' is CUDA, else MPS, else the CPU; anything else must be a device that is there."""
+    there = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    present = [kind for kind, is_there in there.items() if is_there]
+    if device == "auto":
+        return present[0]
+    if not re.fullmatch(r"\w+(:\d+)?", device) or device.split(":")[0] not in present:
+        refuse("device", device, f"'auto' or {', '.join(map(repr, present))}, which are here")
+    return device
+
+
+def choose_dtype(dtype: str, auto: torch.dtype = torch.float32, name: str = "dtype") -> torch.dtype:
+    """'float32', 'float16' or 'bfloat16' as a torch dtype; 'auto' is what the caller says."""
+    return auto if dtype == "auto" else DTYPES[one_of(name, dtype, DTYPES)]
