@@ -171,7 +171,8 @@ def test_the_interval_of_a_label_that_never_holds_is_nan():
 
 def test_resampled_auroc_draws_the_same_images_whoever_takes_part():
     rng = np.random.default_rng(1)
-    images, labels, scores = np.repeat(np.arange(8), 5), rng.random(40) < 0.5, rng.random(40)
+    images, labels = np.repeat(np.arange(8), 5), rng.random(40) < 0.5
+    scores = rng.integers(0, 6, 40).astype(float)  # with ties
     some = images != 3  # an image without samples of this kind keeps its place in the draw
     kept = metrics.resampled_auroc(scores[some], labels[some], images[some], 8, n_resamples=20)
     picks = np.random.default_rng(0).integers(8, size=(20, 8))
@@ -180,10 +181,12 @@ def test_resampled_auroc_draws_the_same_images_whoever_takes_part():
         assert value == pytest.approx(roc_auc_score(labels[rows], scores[rows]))
 
 
+# --- shares -------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("n_true, n", [(0, 12), (12, 12), (3, 10), (1, 1)])
 def test_the_interval_of_a_share_is_wilsons(n_true, n):
-    z = 1.959963984540054
-    p = n_true / n
+    z, p = metrics.Z, n_true / n
     centre, half = (
         (p + z**2 / (2 * n)) / (1 + z**2 / n),
         z * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2)) / (1 + z**2 / n),
@@ -193,26 +196,65 @@ def test_the_interval_of_a_share_is_wilsons(n_true, n):
     assert estimate.low < estimate.high
 
 
+@pytest.mark.parametrize("n_true, n", [(0, 12), (12, 12), (3, 10)])
+def test_the_interval_of_successes_given_as_numbers_is_agresti_and_coulls(n_true, n):
+    p = (n_true + 2) / (n + 4)
+    half = metrics.Z * np.sqrt(p * (1 - p) / (n + 4))
+    estimate = metrics.share((np.arange(n) < n_true).astype(float))
+    assert estimate == pytest.approx((n_true / n, max(0, p - half), min(1, p + half)))
+
+
+def test_the_interval_of_shares_worked_by_hand():
+    # with 0 0 1 1 added: mean 0.5, squares 4 · 0.25 + 2 · 0.25² = 1.125 over 6 values
+    half = metrics.Z * np.sqrt(1.125 / 6 / 6)
+    estimate = metrics.share([0.25, nan, 0.75])
+    assert estimate == pytest.approx((0.5, 0.5 - half, 0.5 + half))
+
+
+def test_a_difference_of_pairs_worked_by_hand():
+    # successes of a alone: 3, of b alone: 1, of both: 2, of neither: 4
+    a = np.repeat([True, False, True, False], [3, 1, 2, 4])
+    b = np.repeat([False, True, True, False], [3, 1, 2, 4])
+    centre = (3.5 - 1.5) / 12
+    half = metrics.Z * np.sqrt((3.5 + 1.5 - (3.5 - 1.5) ** 2 / 12) / 12**2)
+    assert metrics.paired(a, b) == pytest.approx((0.2, centre - half, centre + half))
+
+
+def test_pairs_with_nothing_read_take_no_part():
+    a, b = [0.5, nan, 1.0, 0.25], [0.25, 1.0, nan, 0.25]
+    assert metrics.paired(a, b) == metrics.paired([0.5, 0.25], [0.25, 0.25])
+
+
+@given(values=hnp.arrays(float, st.integers(1, 40), elements=st.floats(0, 1)))
+def test_intervals_of_shares_have_a_width_and_hold_their_value(values):
+    for e in (
+        metrics.share(values),
+        metrics.share(values > 0.5),
+        metrics.paired(values, np.full(len(values), 1.0)),
+        metrics.paired(values, values),
+    ):
+        assert e.low <= e.value <= e.high and e.high - e.low > 1 / (len(values) + 4)
+
+
+def test_shares_cover_what_they_estimate():
+    rng = np.random.default_rng(0)
+    trials = rng.beta(8, 0.5, (400, 12))  # the mean is 8 / 8.5, most are close to 1
+    covered = [e.low <= 8 / 8.5 <= e.high for e in map(metrics.share, trials)]
+    assert np.mean(covered) > 0.9  # the percentile bootstrap: 0.85
+
+
+@pytest.mark.parametrize("values", [[0.5, 1.5], [-0.1]])
+def test_what_is_no_share_is_refused(values):
+    outside = next(v for v in values if not 0 <= v <= 1)
+    with pytest.raises(ValueError, match=f"values is {outside}"):
+        metrics.share(values)
+    with pytest.raises(ValueError, match=f"b is {outside}"):
+        metrics.paired(np.ones(len(values)), values)
+
+
 def test_the_share_of_nothing_is_nan():
-    assert same(metrics.share([]), [nan] * 3)
-
-
-# --- cosine -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "a, b, value",
-    [
-        ([[1, 0], [1, 1]], [[0, 2], [3, 3]], [0, 1]),
-        ([[1, 0], [0, 0]], [[-2, 0], [1, 1]], [-1, 0]),
-        ([[3, 4]], [[[4, 3]], [[-3, -4]]], [[24 / 25], [-1]]),
-        ([3, 4], [4, 3], 24 / 25),
-    ],
-)
-def test_cosines_worked_by_hand(a, b, value):
-    np.testing.assert_allclose(
-        metrics.cosine(np.array(a, float), np.array(b, float)), value, atol=1e-12
-    )
+    assert same(metrics.share([]), [nan] * 3) and same(metrics.share([nan]), [nan] * 3)
+    assert same(metrics.paired([nan], [1.0]), [nan] * 3)
 
 
 # --- sparse codes -------------------------------------------------------------------------------
@@ -240,8 +282,7 @@ def test_auroc_of_sparse_codes_is_that_of_dense_ones(seed, kind):
 
 
 def test_sparse_ranks_worked_by_hand():
-    codes = np.array(
-        [[0.0], [5.0], [2.0], [5.0], [0.0]]
-    )  # two zeros share rank 1.5, then 2 at 3, then two fives at 4.5
+    # two zeros share rank 1.5, then comes 2 at rank 3, then two fives share 4.5
+    codes = np.array([[0.0], [5.0], [2.0], [5.0], [0.0]])
     ranks, of_zero = metrics.sparse_ranks(scipy.sparse.csr_matrix(codes))
     assert ranks.toarray()[:, 0].tolist() == [0, 4.5, 3, 4.5, 0] and of_zero.tolist() == [1.5]

@@ -1,7 +1,8 @@
-"""Measures, each defined once, with intervals over images.
+"""Measures, each defined once, with 95 % intervals over images.
 
-Tokens of one image are not independent, so every interval resamples images, never tokens: functions that
-measure return sums per image, and `ratio` turns two such sums into a figure with its interval.
+Tokens of one image are not independent, so intervals are over images, never over tokens: functions
+that measure return one value or sum per image. Sums are resampled (`ratio`); shares, which may be
+all or none, have intervals that keep a width there (`share`, `paired`).
 """
 
 from __future__ import annotations
@@ -12,6 +13,10 @@ import numpy as np
 import scipy.sparse
 import torch
 from scipy.stats import binomtest, rankdata
+
+from helpers.checks import refuse
+
+Z = 1.959963984540054  # the normal distribution's 97.5th percentile
 
 
 class Estimate(NamedTuple):
@@ -25,10 +30,13 @@ class Estimate(NamedTuple):
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
+NOTHING = Estimate(float("nan"), float("nan"), float("nan"))
+
+
 def ratio(
     numerator, denominator, n_resamples: int = 1000, seed: int = 0, transform=lambda q: q
 ) -> Estimate:
-    """transform(Σ numerator / Σ denominator) over images, with a 95 % bootstrap interval (percentile, by image).
+    """transform(Σ numerator / Σ denominator) over images, with a percentile bootstrap over images.
 
     Parameters
     ----------
@@ -37,7 +45,7 @@ def ratio(
     """
     numerator, denominator = np.asarray(numerator, float), np.asarray(denominator, float)
     if len(numerator) == 0 or denominator.sum() == 0:
-        return Estimate(float("nan"), float("nan"), float("nan"))
+        return NOTHING
     picks = np.random.default_rng(seed).integers(len(numerator), size=(n_resamples, len(numerator)))
     with np.errstate(invalid="ignore", divide="ignore"):
         resampled = transform(numerator[picks].sum(1) / denominator[picks].sum(1))
@@ -52,13 +60,77 @@ def mean(values, **kwargs) -> Estimate:
     return ratio(values, np.ones(len(values)), **kwargs)
 
 
-def share(successes) -> Estimate:
-    """Share of images, bool, (image,), that are true, with Wilson's 95 % interval: it has a width where all or none are."""
-    successes = np.asarray(successes, bool)
-    if len(successes) == 0:
-        return Estimate(float("nan"), float("nan"), float("nan"))
-    interval = binomtest(int(successes.sum()), len(successes)).proportion_ci(method="wilson")
-    return Estimate(float(successes.mean()), float(interval.low), float(interval.high))
+def share(values) -> Estimate:
+    """Mean over images of successes or of shares, with an interval that is never of zero width.
+
+    Parameters
+    ----------
+    values : (image,)
+        bool: Wilson's interval. Numbers in [0, 1], such as the share of an image's objects: two
+        ones and two zeros are added, and the interval is that of the mean of these n + 4 values
+        with their own variance; for successes this is Agresti and Coull's. NaN takes no part.
+
+    Raises
+    ------
+    ValueError
+        A value outside [0, 1].
+
+    References
+    ----------
+    Agresti & Coull (1998), Approximate is better than "exact" for interval estimation of binomial
+    proportions, The American Statistician 52.
+    """
+    values = _unit_interval("values", values)
+    if len(values) == 0:
+        return NOTHING
+    if values.dtype == bool:
+        interval = binomtest(int(values.sum()), len(values)).proportion_ci(method="wilson")
+        return Estimate(float(values.mean()), float(interval.low), float(interval.high))
+    padded = np.concatenate([values, [0, 0, 1, 1]])
+    half = Z * padded.std() / len(padded) ** 0.5
+    low, high = np.clip([padded.mean() - half, padded.mean() + half], 0, 1)
+    return Estimate(float(values.mean()), float(low), float(high))
+
+
+def paired(a, b) -> Estimate:
+    """Mean over images of a - b, for successes or shares of the same images, never of zero width.
+
+    Half an image is added to each of the four outcomes (both, neither, only a, only b), which adds
+    2 to n and 1 to Σ (a - b)²; for successes this is the interval of Agresti and Min.
+
+    Parameters
+    ----------
+    a, b : bool or numbers in [0, 1], (image,)
+        An image with NaN in either takes no part.
+
+    References
+    ----------
+    Agresti & Min (2005), Simple improved confidence intervals for comparing matched proportions,
+    Statistics in Medicine 24.
+    """
+    a, b = np.asarray(a, float), np.asarray(b, float)
+    valid = ~(np.isnan(a) | np.isnan(b))
+    difference = _unit_interval("a", a[valid]) - _unit_interval("b", b[valid])
+    if len(difference) == 0:
+        return NOTHING
+    n = len(difference) + 2
+    centre = difference.sum() / n
+    half = Z * np.sqrt(((difference**2).sum() + 1) / n - centre**2) / n**0.5
+    low, high = np.clip([centre - half, centre + half], -1, 1)
+    return Estimate(float(difference.mean()), float(low), float(high))
+
+
+def _unit_interval(name: str, values) -> np.ndarray:
+    """The values that are not NaN; ValueError for one outside [0, 1]."""
+    values = np.asarray(values)
+    if values.dtype == bool:
+        return values
+    values = values.astype(float)
+    values = values[~np.isnan(values)]
+    outside = values[(values < 0) | (values > 1)]
+    if len(outside):
+        refuse(name, float(outside[0]), "from 0 to 1")
+    return values
 
 
 def squared_errors(
@@ -85,40 +157,50 @@ def squared_errors(
 
 
 def explained_variance(error, spread, **kwargs) -> Estimate:
-    """EV = 1 - Σ error / Σ spread, of `squared_errors` summed as wished to (image,): 1 is perfect, 0 the training mean."""
+    """EV = 1 - Σ error / Σ spread, of `squared_errors` summed as wished to (image,).
+
+    1 is perfect, 0 is predicting the training mean.
+    """
     return ratio(error, spread, transform=lambda q: 1 - q, **kwargs)
 
 
 def auroc(scores, labels: np.ndarray) -> np.ndarray:
     """Area under the ROC curve of each score for each label: Mann-Whitney, ties count a half.
 
+    The same as scikit-learn's `roc_auc_score`, which sorts anew for each pair of score and label.
+
     Parameters
     ----------
-    scores : float, (sample, latent), dense; or a scipy sparse matrix of codes, not negative, whose zeros all tie
+    scores : float, (sample, latent)
+        Dense; or a scipy sparse matrix of codes, not negative, whose zeros all tie.
     labels : bool, (sample, label)
 
     Returns
     -------
-    float, (latent, label); nan for a label that is always or never true.
+    float, (latent, label); NaN for a label that is always or never true.
     """
     labels = np.asarray(labels, float)
     positives, n = labels.sum(0), len(labels)
     if scipy.sparse.issparse(scores):
         ranks, zero_rank = sparse_ranks(scores)
-        with_code = (ranks != 0).astype(
-            float
-        ).T @ labels  # (latent, label): positives that have a code
-        out = ranks.T @ labels + (positives - with_code) * zero_rank[:, None]
+        with_code = (ranks != 0).astype(float).T @ labels  # (latent, label): positives with a code
+        rank_sums = ranks.T @ labels + (positives - with_code) * zero_rank[:, None]
     else:
-        out = np.empty((scores.shape[1], labels.shape[1]))
+        rank_sums = np.empty((scores.shape[1], labels.shape[1]))
         for i in range(0, scores.shape[1], 64):  # ranks of 64 latents at a time, to bound memory
-            out[i : i + 64] = rankdata(scores[:, i : i + 64], axis=0).T @ labels
+            rank_sums[i : i + 64] = rankdata(scores[:, i : i + 64], axis=0).T @ labels
     with np.errstate(invalid="ignore", divide="ignore"):
-        return (out - positives * (positives + 1) / 2) / (positives * (n - positives))
+        return (rank_sums - positives * (positives + 1) / 2) / (positives * (n - positives))
 
 
 def sparse_ranks(codes) -> tuple[scipy.sparse.csr_matrix, np.ndarray]:
-    """Ranks among each column of codes that are not negative: of the positive ones, as a sparse matrix, and the one that all zeros share, (latent,)."""
+    """Ranks within each column of codes, (sample, latent), that are not negative.
+
+    Returns
+    -------
+    The ranks of the positive codes, as a sparse matrix, and the rank that all zeros share,
+    (latent,).
+    """
     coo = scipy.sparse.coo_matrix(codes)
     row, column, value = (v[coo.data > 0] for v in (coo.row, coo.col, coo.data))
     order = np.lexsort((value, column))
@@ -134,37 +216,45 @@ def sparse_ranks(codes) -> tuple[scipy.sparse.csr_matrix, np.ndarray]:
 
 
 def resampled_auroc(
-    scores, labels, images, n_images: int, n_resamples: int = 200, seed: int = 0
+    scores, labels, images, n_images: int, n_resamples: int = 1000, seed: int = 0
 ) -> np.ndarray:
-    """AUROC of one score for one label, (sample,): first as it is, then on resampled images, float, (1 + n_resamples,).
+    """AUROC of one score for one label: first as it is, then on resampled images.
 
-    Calls with the same n_images and seed draw the same images, so that what they return can be averaged or subtracted.
+    Calls with the same n_images and seed draw the same images, so that what they return can be
+    averaged or subtracted. Scores are sorted once; an image counts as often as it was drawn.
 
     Parameters
     ----------
+    scores : float, (sample,); labels : bool, (sample,)
     images : int, (sample,)
         Which of n_images images each sample comes from.
+
+    Returns
+    -------
+    float, (1 + n_resamples,); NaN where no sample, or every sample, has the label.
     """
-    rng = np.random.default_rng(seed)
-    order = np.argsort(images, kind="stable")
-    groups = np.split(order, np.searchsorted(images[order], np.arange(1, n_images)))
-    picks = [np.arange(len(images))] + [
-        np.concatenate([groups[i] for i in rng.integers(n_images, size=n_images)])
-        for _ in range(n_resamples)
-    ]
-    return np.array([auroc(scores[p, None], labels[p, None])[0, 0] for p in picks])
+    labels, images = np.asarray(labels, bool), np.asarray(images)
+    drawn = np.random.default_rng(seed).integers(n_images, size=(n_resamples, n_images))
+    counts = np.array([np.bincount(d, minlength=n_images) for d in drawn]).T  # (image, resample)
+    weights = np.column_stack([np.ones(n_images), counts])
+    _, place = np.unique(scores, return_inverse=True)  # ties share a place
+    n_places = place.max(initial=0) + 1
+
+    def at_each_place(samples):
+        """How many samples each image has at each place of the order, sparse (place, image)."""
+        where = (place[samples], images[samples])
+        return scipy.sparse.csr_matrix((np.ones(samples.sum()), where), (n_places, n_images))
+
+    positives, negatives, out = at_each_place(labels), at_each_place(~labels), []
+    for w in np.array_split(weights, 1 + weights.shape[1] * n_places // 10**7, axis=1):
+        p, n = positives @ w, negatives @ w  # (place, resample), some resamples at a time
+        with np.errstate(invalid="ignore", divide="ignore"):
+            out.append((p * (np.cumsum(n, 0) - n / 2)).sum(0) / (p.sum(0) * n.sum(0)))
+    return np.concatenate(out)
 
 
 def of_resampled(values: np.ndarray) -> Estimate:
-    """A figure with its 95 % interval, from the figure itself and its resampled values, (1 + n_resamples,)."""
+    """An estimate from a figure and its resampled values, (1 + n_resamples,)."""
     if np.isnan(values[1:]).all():
         return Estimate(float(values[0]), float("nan"), float("nan"))
     return Estimate(float(values[0]), *map(float, np.nanpercentile(values[1:], [2.5, 97.5])))
-
-
-def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Cosine between vectors along the last axis; 0 where either is the zero vector."""
-    norms = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
-    return np.divide(
-        (a * b).sum(-1), norms, out=np.zeros(np.broadcast(a, b).shape[:-1]), where=norms > 0
-    )
