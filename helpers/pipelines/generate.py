@@ -1,0 +1,151 @@
+"""Generating images, each from its own seed, under any diffusers pipeline of images."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from contextlib import contextmanager
+from numbers import Integral
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm.auto import tqdm
+
+from helpers.checks import refuse
+
+
+def generate(pipe, prompts, seeds, **sampling) -> np.ndarray:
+    """Images of one batch of prompts: float32, (image, height, width, channel), in [0, 1].
+
+    Noise is drawn on the CPU, from one generator an image, so an image depends neither on the
+    device nor on its batch, beyond rounding.
+
+    Parameters
+    ----------
+    prompts : list of str
+        Texts; names or numbers of classes for a class-conditional pipeline; not looked at by an
+        unconditional one.
+    seeds : list of int
+    sampling
+        Arguments of the pipeline's call: num_inference_steps, guidance_scale, height, width (0 is
+        the model's own), and any other that it takes, such as negative_prompt. One negative prompt
+        or one image serves every prompt.
+
+    Raises ValueError for an argument or a size that the pipeline does not take, and for one whose
+    noise does not come from the seeds.
+    """
+    arguments = arguments_of(pipe, prompts, sampling)
+    generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
+    pipe.set_progress_bar_config(disable=True)
+    try:
+        with torch.no_grad(), _no_other_noise(pipe):
+            made = pipe(**arguments, generator=generators, output_type="np")
+    except TypeError as error:
+        if "BFloat16" not in str(error):
+            raise
+        valid = f"'float32' or 'float16', in which {type(pipe).__name__} can hand out images"
+        refuse("dtype", "bfloat16", valid)
+    if not hasattr(made, "images"):
+        valid = f"a pipeline that makes images, not {', '.join(made)}"
+        refuse("model", type(pipe).__name__, valid)
+    return np.asarray(made.images).astype(np.float32, copy=False)
+
+
+def generate_all(
+    pipe, prompts, seeds, batch_size, make=None, *, desc=None, **sampling
+) -> np.ndarray:
+    """`generate` in batches, joined.
+
+    Parameters
+    ----------
+    make : function, optional
+        Called as `make(pipe, prompts, seeds, **sampling)` for each batch in place of `generate`.
+    desc : str, optional
+        Words before a progress bar; None for no bar.
+    """
+    make = make or generate
+    starts = tqdm(range(0, len(prompts), batch_size), desc, disable=desc is None)
+    batches = (slice(start, start + batch_size) for start in starts)
+    return np.concatenate([make(pipe, prompts[b], seeds[b], **sampling) for b in batches])
+
+
+def arguments_of(pipe, prompts, sampling: dict) -> dict:
+    """What to call the pipeline with for these prompts, apart from the noise.
+
+    Sizes of 0 are left out, one negative prompt or image is repeated for each prompt, prompts of a
+    class-conditional pipeline become numbers. Raises ValueError for what it does not take.
+    """
+    taken = inspect.signature(pipe.__call__).parameters
+    arguments = {k: v for k, v in sampling.items() if v or k not in ("height", "width")}
+    if "guidance_scale" not in taken:  # an unconditional pipeline has nothing to guide
+        arguments.pop("guidance_scale", None)
+    for name in arguments:
+        if name not in taken:
+            known = (n for n in taken if n not in ("self", "args", "kwargs"))
+            refuse("sampling", name, f"one of {', '.join(known)} for {type(pipe).__name__}")
+    if {"height", "width"} <= set(taken):
+        _check_size(pipe, sampling.get("height") or 0, sampling.get("width") or 0)
+    # each image needs its own copy: diffusers would encode a single one with the first seed for all
+    images = ("control_image", *(("image", "mask_image") if "strength" in taken else ()))
+    for name in {"negative_prompt", *images} & set(arguments):
+        if _is_single(arguments[name], str if name == "negative_prompt" else Image.Image):
+            arguments[name] = [arguments[name]] * len(prompts)
+    if "prompt" in taken:
+        arguments["prompt"] = list(prompts)
+    elif "class_labels" in taken and _has_classes(pipe):
+        arguments["class_labels"] = [_class_of(pipe, prompt) for prompt in prompts]
+    if "batch_size" in taken:
+        arguments["batch_size"] = len(prompts)
+    return arguments
+
+
+@contextmanager
+def _no_other_noise(pipe):
+    """ValueError if torch's global generators were drawn from, so that images miss their seeds."""
+    before = _global_random_states()
+    yield
+    moved = [not torch.equal(a, b) for a, b in zip(before, _global_random_states())]
+    valid = f"one that draws from the seeds' generators alone (in {type(pipe).__name__})"
+    if moved[0]:
+        refuse("scheduler", type(getattr(pipe, "scheduler", None)).__name__, valid)
+    if any(moved):  # a GPU's kernels may move its state without drawing noise
+        scheduler = type(pipe.scheduler).__name__
+        warnings.warn(f"scheduler {scheduler} may draw noise that misses the seeds", stacklevel=4)
+
+
+def _global_random_states() -> list[torch.Tensor]:
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else ()
+    return [torch.get_rng_state(), *cuda]
+
+
+def _is_single(value, kind: type) -> bool:
+    is_array = isinstance(value, (np.ndarray, torch.Tensor)) and value.ndim < 4
+    return isinstance(value, kind) or is_array
+
+
+def _check_size(pipe, height, width) -> None:
+    """ValueError unless both are 0, or both whole numbers of pixels that the pipeline can draw."""
+    if bool(height) != bool(width):
+        name = "width" if height else "height"
+        refuse(name, 0, f"given in pixels, as the {'height' if height else 'width'} is")
+    config = getattr(getattr(pipe, "image_processor", None), "config", None)
+    factor = getattr(config, "vae_scale_factor", 1)
+    for name, value in (("height", height), ("width", width)):
+        # some pipelines would round down instead
+        if not isinstance(value, Integral) or value < 0 or value % factor:
+            refuse(name, value, f"a multiple of {factor} pixels, or 0 for the model's own size")
+
+
+def _has_classes(pipe) -> bool:
+    config = getattr(pipe.components.get("unet"), "config", {})
+    return config.get("num_class_embeds", 0) is not None
+
+
+def _class_of(pipe, name) -> int:
+    """Number of a class from its name or number."""
+    if str(name).isdigit():
+        return int(name)
+    if not hasattr(pipe, "get_label_ids"):
+        refuse("class", name, f"a whole number: {type(pipe).__name__} knows no names of classes")
+    return pipe.get_label_ids([name])[0]

@@ -1,0 +1,89 @@
+"""Loading a diffusers pipeline, and finding its denoiser, the network called at every step."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+
+from helpers.checks import choose_device, choose_dtype, refuse
+
+# transformers warns where it takes PIL because torchvision is missing; no result depends on that
+logging.getLogger("transformers.utils.import_utils").addFilter(
+    lambda record: "requires torchvision (not installed)" not in record.getMessage()
+)
+
+
+def load_pipeline(model: str | Path, device: str = "auto", dtype: str = "auto", revision: str = ""):
+    """A diffusers pipeline from a folder, or from the Hugging Face hub by name.
+
+    Only safetensors weights are read, and no code that comes with a model is run.
+
+    Parameters
+    ----------
+    device : 'auto' (CUDA, else MPS, else the CPU) or a torch device
+    dtype : 'float32', 'float16', 'bfloat16' or 'auto': float16 on CUDA, float32 elsewhere
+    revision : branch, tag or commit on the hub; empty for the main branch
+
+    Raises ValueError if the model cannot be loaded or the device is not there.
+    """
+    device = choose_device(device)
+    precision = choose_dtype(dtype, torch.float16 if device.startswith("cuda") else torch.float32)
+    try:
+        pipe = _from_pretrained(model, precision, revision or None)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0][:200]
+        refuse("model", str(model), f"a folder or hub name with safetensors weights ({reason})")
+    pipe.set_progress_bar_config(disable=True)
+    pipe.to(device)
+    if device == "cpu":
+        _channels_last(pipe)
+    return pipe
+
+
+def _from_pretrained(model, precision: torch.dtype, revision: str | None):
+    from diffusers import DiffusionPipeline
+    from diffusers.utils import logging as diffusers_logging
+    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+    from transformers.utils import logging as transformers_logging
+
+    # no bars for reading weights; downloads keep theirs, which transformers would turn off as well
+    diffusers_logging.disable_progress_bar()
+    hub_is_silent = are_progress_bars_disabled()
+    transformers_logging.disable_progress_bar()
+    if not hub_is_silent:
+        enable_progress_bars()
+
+    options = {"dtype": precision, "use_safetensors": True, "revision": revision}
+    if "safety_checker" in DiffusionPipeline.load_config(model, revision=revision):
+        # it would blacken images that research needs to see
+        options |= {"safety_checker": None, "requires_safety_checker": False}
+    return DiffusionPipeline.from_pretrained(model, **options)
+
+
+def _channels_last(pipe) -> None:
+    """Store the weights of 2D networks channels last: a CPU's convolutions take a seventh less."""
+    for part in pipe.components.values():
+        if isinstance(part, torch.nn.Module) and not any(w.ndim == 5 for w in part.parameters()):
+            part.to(memory_format=torch.channels_last)  # 5 axes: video, which has no such order
+
+
+def resolved_revision(model: str | Path, revision: str = "") -> str:
+    """The hub commit of a model's cached files: `revision` if unknown, '' for a folder."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if Path(model).expanduser().exists():
+        return ""
+    path = try_to_load_from_cache(str(model), "model_index.json", revision=revision or None)
+    return Path(path).parent.name if isinstance(path, str) else revision
+
+
+def denoiser_of(pipe) -> torch.nn.Module:
+    """The network that a diffusers pipeline calls at each denoising step."""
+    if hasattr(pipe, "set_pag_applied_layers"):  # adds a third, perturbed branch to the rows
+        refuse("model", type(pipe).__name__, "a pipeline without perturbed-attention guidance")
+    for name in ("unet", "transformer"):
+        if isinstance(getattr(pipe, name, None), torch.nn.Module):
+            return getattr(pipe, name)
+    refuse("model", type(pipe).__name__, "a pipeline with a `unet` or a `transformer`")
