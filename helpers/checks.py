@@ -1,4 +1,4 @@
-"""Checks of what a person gives: one sentence that names the parameter, its value and what would be valid."""
+"""Checks of what a person gives: one sentence names the parameter, its value and what is valid."""
 
 from __future__ import annotations
 
@@ -15,11 +15,10 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 
 def refuse(name: str, value, valid: str) -> NoReturn:
-    """Raise ValueError: "`name` is `value`; it must be `valid`". A long value is cut to 80 characters."""
+    """Raise ValueError: "`name` is `value`; it must be `valid`", the value cut to 80 characters."""
     shown = repr(value)
-    raise ValueError(
-        f"{name} is {shown if len(shown) <= 80 else shown[:79] + '…'}; it must be {valid}"
-    )
+    shown = shown if len(shown) <= 80 else shown[:79] + "…"
+    raise ValueError(f"{name} is {shown}; it must be {valid}")
 
 
 def in_range(name: str, value, low: float, high: float = math.inf):
@@ -60,9 +59,10 @@ def choose_device(device: str) -> str:
     present = [kind for kind, is_there in there.items() if is_there]
     if device == "auto":
         return present[0]
-    if not re.fullmatch(r"\w+(:\d+)?", device) or device.split(":")[0] not in present:
+    named = re.fullmatch(r"(\w+)(:\d+)?", str(device))
+    if not named or named[1] not in present:
         refuse("device", device, f"'auto' or {', '.join(map(repr, present))}, which are here")
-    return device
+    return str(device)
 
 
 def choose_dtype(dtype: str, auto: torch.dtype = torch.float32, name: str = "dtype") -> torch.dtype:

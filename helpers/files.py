@@ -1,4 +1,4 @@
-"""Files that are whole or absent: tensors as safetensors, records as JSON, both written aside and renamed."""
+"""Files that are whole or absent: tensors as safetensors, records as JSON, renamed into place."""
 
 from __future__ import annotations
 
@@ -14,36 +14,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 
-def _replace(path: Path, write) -> None:
-    """Let `write(aside)` make the file, then rename it over `path`; a failure leaves `path` as it was."""
-    if path.is_dir():
-        raise IsADirectoryError(
-            f"{path} is a folder; a file is to be written there, so move the folder or choose another one"
-        )
-    aside = path.with_name(
-        f".{path.name}.{secrets.token_hex(4)}.part"
-    )  # a process id may be another machine's, too
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(aside)
-        with open(aside, "rb") as f:
-            os.fsync(f.fileno())
-        os.chmod(aside, 0o644)  # safetensors writes files that only their owner can read
-        os.replace(aside, path)
-    except Exception as error:
-        # safetensors reports a full disk as its own error type, not as OSError
-        if isinstance(error, OSError | SafetensorError):
-            raise OSError(
-                f"{path} could not be written ({error}); free some disk space or choose another folder"
-            ) from error
-        raise
-    finally:
-        with suppress(
-            OSError
-        ):  # where nothing can be written, nothing can be removed, and the first error says more
-            aside.unlink(missing_ok=True)
-
-
 def digest(path: str | Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
     with open(path, "rb") as f:
@@ -51,26 +21,20 @@ def digest(path: str | Path) -> str:
 
 
 def in_units(value: float, unit: str = "B") -> str:
-    """A size in words, '41.00 GB'."""
+    """A size with the prefix that suits it, such as '41.00 GB'."""
     for prefix, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if value >= size:
             return f"{value / size:,.2f} {prefix}{unit}"
     return f"{value} {unit}"
 
 
-def _content(tensors: dict[str, torch.Tensor], record: dict) -> str:
-    """SHA-256 of tensors, their names, types and shapes, and of the record beside them."""
-    found = hashlib.sha256(json.dumps(record, sort_keys=True).encode())
-    for name, t in sorted(tensors.items()):
-        found.update(json.dumps([name, str(t.dtype), list(t.shape)]).encode())
-        found.update(t.reshape(-1).view(torch.uint8).numpy())
-    return found.hexdigest()
+# --- tensors ---
 
 
-def save_tensors(
-    path: str | Path, tensors: dict[str, torch.Tensor], record: dict | None = None
-) -> None:
-    """Write tensors, a JSON-able `record` and the SHA-256 of both, in the file's metadata, as one safetensors file, atomically.
+def save_tensors(path: str | Path, tensors: dict[str, torch.Tensor], record: dict | None = None):
+    """Write tensors and a JSON-able `record` as one safetensors file, atomically.
+
+    Its metadata hold the record and the SHA-256 of all that was written.
 
     Raises
     ------
@@ -79,17 +43,17 @@ def save_tensors(
     """
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     record = json.loads(json.dumps(record or {}))  # as it will come back
+    written = record | {"sha256": _content(tensors, record)}
     # all under one key: safetensors writes several in an order of its own, another each time
-    metadata = {
-        "record": json.dumps(record | {"sha256": _content(tensors, record)}, sort_keys=True)
-    }
+    metadata = {"record": json.dumps(written, sort_keys=True)}
     _replace(Path(path), lambda aside: save_file(tensors, aside, metadata))
 
 
 def load_tensors(path: str | Path, names=None) -> tuple[dict[str, torch.Tensor], dict]:
-    """Read what `save_tensors` wrote: tensors on the CPU (all, or those of `names`), and the record.
+    """Read what `save_tensors` wrote: tensors on the CPU, and the record.
 
-    All of them are held against the SHA-256 that the file keeps, if it keeps one; some of them are not.
+    All tensors are checked against the SHA-256 in the file, if there is one; only some, those of
+    `names`, are not.
 
     Raises
     ------
@@ -101,40 +65,27 @@ def load_tensors(path: str | Path, names=None) -> tuple[dict[str, torch.Tensor],
         record = json.loads((f.metadata() or {}).get("record", "{}"))
     written = record.pop("sha256", None)
     if names is None and written not in (None, _content(tensors, record)):
-        raise ValueError(
-            f"{path} is damaged (its contents are not those that were written); delete it and run the notebook that writes it again"
-        )
+        raise _damaged(path, "its contents are not those that were written")
     return tensors, record
 
 
 def load_rows(path: str | Path, name: str, rows: list[int]) -> list[torch.Tensor]:
-    """Some entries along the first axis of one tensor in a file, through a memory map: the rest is not read."""
+    """Entries along the first axis of one tensor, through a memory map: the rest is not read."""
     with _opened(path) as f:
         tensor = f.get_slice(name)
         return [tensor[row] for row in rows]
 
 
-def _present(path: str | Path) -> Path:
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist; run the notebook that writes it first")
-    if path.is_dir():
-        raise ValueError(
-            f"{path} is a folder; a file is needed there, so move the folder and run the notebook that writes the file"
-        )
-    return path
+def _content(tensors: dict[str, torch.Tensor], record: dict) -> str:
+    """SHA-256 of tensors, their names, types and shapes, and of the record beside them."""
+    found = hashlib.sha256(json.dumps(record, sort_keys=True).encode())
+    for name, t in sorted(tensors.items()):
+        found.update(json.dumps([name, str(t.dtype), list(t.shape)]).encode())
+        found.update(t.reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
-@contextmanager
-def _opened(path: str | Path):
-    path = _present(path)
-    try:
-        with safe_open(path, "pt") as f:
-            yield f
-    except (SafetensorError, json.JSONDecodeError, OSError) as error:
-        raise ValueError(
-            f"{path} is damaged ({error}); delete it and run the notebook that writes it again"
-        ) from error
+# --- records ---
 
 
 def save_text(path: str | Path, text: str) -> None:
@@ -148,11 +99,56 @@ def save_json(path: str | Path, record) -> None:
 
 
 def load_json(path: str | Path):
-    """Read a JSON file; a missing or damaged one raises FileNotFoundError or ValueError with its name."""
+    """Read a JSON file; FileNotFoundError or ValueError name a missing or damaged one."""
     path = _present(path)
     try:
         return json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"{path} is damaged ({error}); delete it and run the notebook that writes it again"
-        ) from error
+        raise _damaged(path, error) from error
+
+
+# --- whole or absent ---
+
+
+def _replace(path: Path, write) -> None:
+    """Let `write(aside)` make the file, then rename it over `path`, untouched by a failure."""
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; move it, so that a file can be written there")
+    # named at random: a process id may be another machine's, too
+    aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(aside)
+        with open(aside, "rb") as f:
+            os.fsync(f.fileno())
+        os.chmod(aside, 0o644)  # safetensors writes files that only their owner can read
+        os.replace(aside, path)
+    except (OSError, SafetensorError) as error:  # safetensors has its own error for a full disk
+        cure = "free some disk space or choose another folder"
+        raise OSError(f"{path} could not be written ({error}); {cure}") from error
+    finally:
+        with suppress(OSError):  # where nothing can be written, the first error says more
+            aside.unlink(missing_ok=True)
+
+
+def _present(path: str | Path) -> Path:
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist; run the notebook that writes it first")
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; move it and run the notebook that writes the file")
+    return path
+
+
+@contextmanager
+def _opened(path: str | Path):
+    path = _present(path)
+    try:
+        with safe_open(path, "pt") as f:
+            yield f
+    except (SafetensorError, json.JSONDecodeError, OSError) as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: str | Path, why) -> ValueError:
+    return ValueError(f"{path} is damaged ({why}); delete it and run the notebook that writes it")
