@@ -3,119 +3,94 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helpers.demo import world as scenes
-from helpers.measure import labels
+from helpers.measure.labels import Labels, token_shares
 
 
 def naive_shares(mask, grid):
-    rows, columns = np.array(mask.shape) // grid
-    return np.array(
-        [
-            [
-                mask[r * rows : (r + 1) * rows, c * columns : (c + 1) * columns].mean()
-                for c in range(grid[1])
-            ]
-            for r in range(grid[0])
-        ]
-    )
+    """Every pixel counts for the token that holds its centre."""
+    height, width = mask.shape
+    total, area = np.zeros(grid), np.zeros(grid)
+    for y in range(height):
+        for x in range(width):
+            at = int((y + 0.5) * grid[0] / height), int((x + 0.5) * grid[1] / width)
+            total[at] += mask[y, x]
+            area[at] += 1
+    return total / area
 
 
 @given(
     seed=st.integers(0, 1000),
-    grid=st.tuples(st.sampled_from([1, 2, 4, 8]), st.sampled_from([1, 2, 4, 8, 16])),
+    grid=st.tuples(st.integers(1, 8), st.integers(1, 16)),
 )
 def test_a_tokens_share_is_the_mean_of_its_patch(seed, grid):
     mask = np.random.default_rng(seed).random((8, 16)) < 0.5
-    np.testing.assert_allclose(
-        labels.token_shares(mask, grid), naive_shares(mask, grid), atol=1e-12
+    naive = naive_shares(mask, grid)
+    np.testing.assert_allclose(token_shares(mask, grid), naive, atol=1e-6)
+
+
+def test_shares_of_a_grid_that_does_not_divide_the_image():
+    mask = np.zeros((520, 520), bool)
+    mask[:, :260] = True
+    shares = token_shares(mask, (17, 17))
+    assert shares.shape == (17, 17)
+    assert (shares[:, :8] == 1).all() and (shares[:, 9:] == 0).all()
+    assert shares[:, 8] == pytest.approx(0.5, abs=0.04)  # one of its 30 or 31 columns of pixels
+
+
+def test_half_a_patch_of_three_pixels_by_six_is_exactly_a_half():
+    mask = np.zeros((6, 3), bool)
+    mask[[0, 2, 3]] = True
+    assert token_shares(mask, (1, 1))[0, 0] == 0.5
+
+
+@pytest.fixture
+def labels():
+    """Two images of four tokens: a red and a blue thing and white; a blue thing on sky."""
+    return Labels(
+        names=["colour=red", "colour=blue", "background=white", "background=sky", "colour=none"],
+        owner=np.array([[0, 1, 2, -1], [3, 4, 4, 4]]),
+        has=np.eye(5, dtype=bool)[[0, 1, 2, 1, 3]],
+        kind=np.array([0, 0, 1, 0, 1]),
     )
 
 
-def found(rows, columns, colour="red", shape="circle"):
-    mask = np.zeros((64, 64), bool)
-    mask[rows, columns] = True
-    return scenes.Found(shape, colour, "small", "solid", "left", mask, 1.0)
+def test_labels_of_tokens_are_those_of_what_owns_them(labels):
+    red, blue, white, sky, none = np.moveaxis(labels.at_tokens(), -1, 0).astype(int).tolist()
+    assert red == [[1, 0, 0, 0], [0, 0, 0, 0]]
+    assert blue == [[0, 1, 0, 0], [1, 0, 0, 0]]
+    assert white == [[0, 0, 1, 0], [0, 0, 0, 0]]
+    assert sky == [[0, 0, 0, 0], [0, 1, 1, 1]]
+    assert none == [[0] * 4] * 2
+    assert labels.of_kind(0).astype(int).tolist() == [[1, 1, 0, 0], [1, 0, 0, 0]]
+    assert [labels.kind_of(name) for name in labels.names] == [0, 0, 1, 1, 0]
 
 
-def test_labels_of_readings_worked_by_hand():
-    one = found(slice(0, 32), slice(0, 40))  # covers token 0 of 2×2, a quarter of token 1
-    reading = scenes.Reading((one,), "sky")
-    made = labels.from_readings(
-        [reading, scenes.Reading((), None), scenes.Reading((), "white")], (2, 2)
-    )
-    at = {name: made.at_tokens()[:, :, i].tolist() for i, name in enumerate(made.names)}
-    none, every = [False] * 4, [True] * 4
-    assert at["colour=red"] == at["shape=circle"] == [[True, False, False, False], none, none]
-    assert at["background=sky"] == [[False, False, True, True], none, none]
-    assert at["background=white"] == [none, none, every]
-    assert at["colour=blue"] == [none] * 3
-    assert made.of_kind(0).tolist() == [[True, False, False, False], none, none]
-    assert (
-        made.kind_of(made.names.index("colour=red")) == 0
-        and made.kind_of(made.names.index("background=sky")) == 1
-    )
+def test_a_label_is_contrasted_with_others_of_its_kind_only(labels):
+    having, lacking = (v.astype(int).tolist() for v in labels.contrast("colour=blue"))
+    assert having == [[0, 1, 0, 0], [1, 0, 0, 0]] and lacking == [[1, 0, 0, 0], [0, 0, 0, 0]]
+    having, lacking = (v.astype(int).tolist() for v in labels.contrast("background=sky"))
+    assert having == [[0, 0, 0, 0], [0, 1, 1, 1]] and lacking == [[0, 0, 1, 0], [0, 0, 0, 0]]
 
 
-def test_readings_of_nothing_give_no_labels():
-    made = labels.from_readings([scenes.Reading((), None)] * 2, (2, 2))
-    assert made.at_tokens().shape == (2, 4, len(made.names)) and not made.at_tokens().any()
+def test_labels_of_some_tokens_only(labels):
+    few = labels.only(np.array([[3, 1], [0, 2]]))
+    assert few.owner.tolist() == [[-1, 1], [3, 4]]
+    assert few.at_tokens()[..., 1].tolist() == [[False, True], [True, False]]
 
 
-def test_grids_that_are_not_square_are_upright():
-    reading = scenes.Reading((found(slice(0, 16), slice(32, 64)),), "sky")
-    made = labels.from_readings([reading], (4, 2))
-    red = made.at_tokens()[0, :, made.names.index("colour=red")].reshape(4, 2)
-    assert np.argwhere(red).tolist() == [[0, 1]]
+def test_nothing_has_no_labels():
+    nothing = Labels(["a=b"], np.full((2, 3), -1), np.zeros((0, 1), bool), np.zeros(0, int))
+    assert nothing.at_tokens().shape == (2, 3, 1) and not nothing.at_tokens().any()
+    assert not np.any(nothing.contrast("a=b"))
 
 
 @given(seed=st.integers(0, 1000))
 def test_shuffling_exchanges_labels_among_things_of_one_kind(seed):
-    rng = np.random.default_rng(seed)
-    colours = list(scenes.COLOURS)
-    readings = [
-        scenes.Reading(
-            (found(slice(0, 32), slice(0, 32), colours[i % 6]),), ("white", "sky")[i % 2]
-        )
-        for i in range(12)
-    ]
-    made = labels.from_readings(readings, (2, 2))
-    other = made.shuffled(rng)
+    things = np.arange(16)
+    has = np.eye(16, dtype=bool)
+    made = Labels([f"a={i}" for i in things], things[None], has, things % 2)
+    other = made.shuffled(np.random.default_rng(seed))
     assert np.array_equal(made.owner, other.owner) and np.array_equal(made.kind, other.kind)
-    for kind in (0, 1):
-        before, after = (sorted(map(tuple, x.has[made.kind == kind])) for x in (made, other))
-        assert before == after
-    assert not np.array_equal(made.has, other.has)
-
-
-def test_words_are_those_neither_rare_nor_everywhere():
-    prompts = [
-        "a photo of a Dog, dog",
-        "a photo of a cat",
-        "a photo of a bird",
-        "a photo of a dog and an ox",
-    ]
-    made = labels.from_words(prompts, 3)
-    assert set(made.names) == {"word=dog", "word=cat", "word=bird", "word=and"}
-    dog = made.at_tokens()[:, :, made.names.index("word=dog")]
-    assert dog.tolist() == [[True] * 3, [False] * 3, [False] * 3, [True] * 3]
-    assert made.of_kind(2).all()
-
-
-@pytest.mark.parametrize("most", [1, 2])
-def test_only_the_commonest_words_are_taken(most):
-    made = labels.from_words(["dog cat", "dog cat", "dog", "x", "x", "x", "x"], 1, most)
-    assert made.names == ["word=dog", "word=cat"][:most]
-
-
-def test_classes_by_number_are_words_too():
-    assert labels.from_words(["207", "3", "207", "9"], 1).names == ["word=207", "word=3", "word=9"]
-
-
-@pytest.mark.parametrize("prompts", [["", "", ""], ["a dog", "a dog", "a dog"]])
-def test_without_telling_words_a_token_is_in_the_upper_or_the_lower_half(prompts):
-    made = labels.from_words(prompts, 6)
-    assert made.names == ["half=upper", "half=lower"]
-    assert made.at_tokens().tolist() == [[[True, False]] * 3 + [[False, True]] * 3] * 3
-    assert made.of_kind(made.kind_of(0)).all()
-    mixed = made.shuffled(np.random.default_rng(0))
-    assert (mixed.owner == made.owner).all() and mixed.has.sum() == 6
+    assert sorted(other.has.argmax(1)) == list(things) and (other.has.sum(1) == 1).all()
+    assert (other.has.argmax(1) % 2 == things % 2).all()
+    assert not np.array_equal(made.has, other.has) and np.array_equal(has, made.has)

@@ -1,0 +1,70 @@
+"""What is known of images without a reader: the words of their prompts.
+
+`helpers.demo.truth.Scenes` has the same methods for images of the demo world, whose content can be
+read. A word counts for every token of its image: a much weaker truth, and nothing can be judged.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from helpers.measure.labels import Labels
+
+WHOLE_IMAGE = 0  # the only kind of thing in `Labels.kind`
+
+
+class Words:
+    """Truth by words: labels come from the prompts; of images themselves nothing is known."""
+
+    def labels(self, prompts: list[str], images: np.ndarray, grid: tuple[int, int]) -> Labels:
+        """The commonest 20 words, or numbers of classes, of a twentieth to half of the prompts.
+
+        Where there are no such words, as without prompts, the upper and lower halves of the image.
+        """
+        n, n_tokens = len(prompts), grid[0] * grid[1]
+        names, has = _words(prompts)
+        if names:
+            owner = np.repeat(np.arange(n)[:, None], n_tokens, axis=1)
+            return Labels(names, owner, has, np.full(n, WHOLE_IMAGE))
+        lower = np.arange(n_tokens) >= n_tokens // 2
+        owner = 2 * np.arange(n)[:, None] + lower
+        has = np.tile(np.eye(2, dtype=bool), (n, 1))
+        return Labels(["half=upper", "half=lower"], owner, has, np.full(2 * n, WHOLE_IMAGE))
+
+    def judged(self, prompts: list[str], images: np.ndarray) -> dict[str, np.ndarray]:
+        """Nothing: whether an image is as its prompt says cannot be read."""
+        return {}
+
+    def objects_kept(self, before: np.ndarray, after: np.ndarray) -> dict[str, np.ndarray]:
+        """Nothing: objects cannot be read."""
+        return {}
+
+    def steering_prompts(self, n: int, seed: int, given: list[str]) -> list[str]:
+        """The first n of the given prompts: fresh ones cannot be made up."""
+        return given[:n]
+
+    def steerable(self, target: str, images: np.ndarray, grid: tuple[int, int]):
+        """Every image, bool, (image,), at all its tokens, weights (image, token) of 1."""
+        return np.ones(len(images), bool), np.ones((len(images), grid[0] * grid[1]))
+
+    def outcome(self, target: str, before: np.ndarray, after: np.ndarray) -> dict[str, np.ndarray]:
+        """Nothing: whether a target was reached cannot be read."""
+        return {}
+
+    def has(self, target: str, images: np.ndarray) -> np.ndarray:
+        """True for every image, (image,): there is nothing to choose by."""
+        return np.ones(len(images), bool)
+
+
+def _words(prompts: list[str]) -> tuple[list[str], np.ndarray]:
+    """Names of the words that count, and which prompts have them, bool, (prompt, word)."""
+    from sklearn.feature_extraction.text import CountVectorizer  # takes a second to import
+
+    counter = CountVectorizer(
+        token_pattern=r"[a-z]{3,}|\d+", binary=True, min_df=0.05, max_df=0.5, max_features=20
+    )
+    try:
+        has = counter.fit_transform(prompts).toarray().astype(bool)
+    except ValueError:  # scikit-learn's way to say that no word is left
+        return [], np.zeros((len(prompts), 0), bool)
+    return [f"word={w}" for w in counter.get_feature_names_out()], has

@@ -1,0 +1,71 @@
+"""Images and the heat maps over them."""
+
+from __future__ import annotations
+
+import io
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image
+
+
+def show_image(ax, image: np.ndarray, title: str = "") -> None:
+    """An image (height, width, 3 or 1) in [0, 1], without axes."""
+    ax.imshow(image, interpolation="nearest", cmap="gray", vmin=0, vmax=1)
+    ax.set_title(title, fontsize=7)
+    ax.set_axis_off()
+
+
+def overlay(
+    ax, image: np.ndarray, heat: np.ndarray, vmax: float, vmin: float = 0.0, cmap: str = "magma"
+):
+    """A heat map (rows, columns) of tokens with the image's edges drawn over it.
+
+    Colours are those of the colour bar: the image does not shine through. Returns the mappable.
+    """
+    height, width = image.shape[:2]
+    extent = (0, width, height, 0)
+    mappable = ax.imshow(
+        heat, cmap=cmap, vmin=vmin, vmax=vmax, extent=extent, interpolation="nearest"
+    )
+    edges = np.hypot(*np.gradient(image.mean(axis=2)))
+    lines = np.ones((height, width, 4))
+    lines[..., 3] = np.clip(edges / max(0.15, np.quantile(edges, 0.98)), 0, 1) * 0.6
+    ax.imshow(lines, extent=extent, interpolation="nearest")
+    ax.set_axis_off()
+    return mappable
+
+
+def heat_strip(axes, image: np.ndarray, heat: np.ndarray, timesteps, vmax: float, titles=True):
+    """The image, then one heat map per kept step over it, all on one colour scale.
+
+    Parameters
+    ----------
+    heat : float, (step, rows, columns)
+    """
+    show_image(axes[0], image)
+    for ax, of_step, t in zip(axes[1:], heat, timesteps):
+        mappable = overlay(ax, image, of_step, vmax)
+        if titles:
+            ax.set_title(f"t = {t:.0f}", fontsize=7)
+    return mappable
+
+
+def png(fig: Figure, dpi: int = 110) -> bytes:
+    """A figure as PNG bytes, for an image widget; closes it."""
+    buffer = io.BytesIO()
+    fig.savefig(buffer, format="png", dpi=dpi)
+    plt.close(fig)
+    return buffer.getvalue()
+
+
+def tile(images: np.ndarray, columns: int) -> Image.Image:
+    """Images (n, height, width, 3 or 1) in [0, 1] as one picture, with a two-pixel white gap."""
+    n, height, width, _ = images.shape
+    rows = -(-n // columns)
+    sheet = np.ones((rows * (height + 2) - 2, columns * (width + 2) - 2, 3))
+    for i, image in enumerate(images):
+        r, c = divmod(i, columns)
+        sheet[r * (height + 2) :, c * (width + 2) :][:height, :width] = image
+    return Image.fromarray((sheet * 255).round().astype(np.uint8))

@@ -1,0 +1,29 @@
+"""A widget over a view: a plain function that draws a figure, which tests and scripts call, too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import ipywidgets
+from matplotlib.figure import Figure
+
+from helpers.plots.images import png
+
+
+def viewer(view: Callable[..., Figure], **controls: ipywidgets.Widget) -> ipywidgets.VBox:
+    """Controls in a row above what `view` draws from their values, drawn anew when one changes.
+
+    Parameters
+    ----------
+    view : a function that returns a figure; its arguments are named as the controls are.
+    controls : widgets with a value. Give those that start slow work `continuous_update=False`.
+    """
+    picture = ipywidgets.Image(format="png")
+
+    def redraw(_=None):
+        picture.value = png(view(**{name: control.value for name, control in controls.items()}))
+
+    for control in controls.values():
+        control.observe(redraw, "value")
+    redraw()  # an error in the view is seen here: within a callback it would only be logged
+    return ipywidgets.VBox([ipywidgets.HBox(list(controls.values())), picture])
