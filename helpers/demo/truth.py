@@ -1,0 +1,152 @@
+"""What is true of images of the demo world: the reader's answers to what the notebooks ask.
+
+`helpers.measure.words.Words` has the same methods for images of which only the prompts are known.
+A target is a label such as 'colour=red': an attribute and the value to steer it to.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from helpers.checks import nearest, refuse
+from helpers.demo import reader, world
+from helpers.measure.labels import Labels, token_shares
+
+LABELLED = ("colour", "shape", "size", "texture", "background")
+NAMES = [f"{attribute}={value}" for attribute in LABELLED for value in world.ATTRIBUTES[attribute]]
+JUDGED = ("colour_at_place", "shape", "size", "texture", "background", "all")
+KEPT = {
+    "objects kept": ("position", "colour", "shape"),
+    "with size and texture": ("position", "colour", "shape", "size", "texture"),
+}
+OBJECT, BACKGROUND = 0, 1  # kinds of things in `Labels.kind`
+
+
+class Scenes:
+    """Truth by reading: every object's mask and attributes, measured in the image itself."""
+
+    @staticmethod
+    def describes(prompts: list[str], image_shape) -> bool:
+        """Whether every prompt is a caption of this world, and an image has the reader's shape."""
+        try:
+            scenes = [world.parse(p) for p in prompts]
+        except ValueError:
+            return False
+        return bool(scenes) and tuple(image_shape) == (world.IMAGE_SIZE, world.IMAGE_SIZE, 3)
+
+    def labels(self, prompts: list[str], images: np.ndarray, grid: tuple[int, int]) -> Labels:
+        """What the tokens of images, (image, height, width, 3), show.
+
+        A token belongs to an object that covers at least half of its patch, to the background if
+        objects cover less than a tenth, and to nothing in between or in an unreadable image.
+        """
+        owner = np.full((len(images), grid[0] * grid[1]), -1)
+        has, kind = [], []
+        for tokens, reading in zip(owner, reader.read(images)):
+            shares = [token_shares(o.mask, grid).ravel() for o in reading.objects]
+            if reading.background is not None:
+                tokens[sum(shares, np.zeros(len(tokens))) < 0.1] = len(has)
+                has.append([name == f"background={reading.background}" for name in NAMES])
+                kind.append(BACKGROUND)
+            for o, share in zip(reading.objects, shares):
+                tokens[share >= 0.5] = len(has)
+                values = {f"{a}={getattr(o, a)}" for a in world.OBJECT_ATTRIBUTES}
+                has.append([name in values for name in NAMES])
+                kind.append(OBJECT)
+        return Labels(
+            NAMES, owner, np.array(has, bool).reshape(-1, len(NAMES)), np.array(kind, int)
+        )
+
+    def judged(self, prompts: list[str], images: np.ndarray) -> dict[str, np.ndarray]:
+        """Share of each image's objects, (image,), that are as its caption says, by attribute."""
+        each = [reader.judge(world.parse(p), r) for p, r in zip(prompts, reader.read(images))]
+        return {a: np.array([j[a] for j in each]) for a in JUDGED}
+
+    def objects_kept(self, before: np.ndarray, after: np.ndarray) -> dict[str, np.ndarray]:
+        """Share of each image's objects, (image,), that are found again in another version of it.
+
+        NaN for an image in which no object was read before.
+        """
+        readings = list(zip(reader.read(before), reader.read(after)))
+        return {
+            name: np.array([_kept(b, a, same) for b, a in readings]) for name, same in KEPT.items()
+        }
+
+    def steering_prompts(self, n: int, seed: int, given: list[str]) -> list[str]:
+        """Fresh captions of one object each; `given`, the store's own, are not needed here."""
+        scenes = world.sample(n, np.random.default_rng([seed, 60]), two=0)
+        return [world.caption(s) for s in scenes]
+
+    def steerable(self, target: str, images: np.ndarray, grid: tuple[int, int]):
+        """Which images can be steered towards a target, and where.
+
+        Returns
+        -------
+        usable : bool, (image,)
+            Images of one object in which the attribute was read and is not the target's.
+        weights : float, (image, token)
+            Share of each token's patch that the object covers, or its complement for a background;
+            1 everywhere in an image without exactly one object.
+        """
+        attribute, value = _parts(target)
+        readings = reader.read(images)
+        weights = np.ones((len(readings), grid[0] * grid[1]))
+        for weight, reading in zip(weights, readings):
+            if len(reading.objects) == 1:
+                share = token_shares(reading.objects[0].mask, grid).ravel()
+                weight[:] = 1 - share if attribute == "background" else share
+        found = [_value(r, attribute) for r in readings]
+        return np.array([f not in (None, value) for f in found], bool), weights
+
+    def outcome(self, target: str, before: np.ndarray, after: np.ndarray) -> dict[str, np.ndarray]:
+        """What steering towards a target did to images, each (image,).
+
+        'success', bool: the target is read; 'kept', float: share of the other attributes read as
+        before; 'kept shape' and so on, bool: each of them. What cannot be read is not kept.
+        """
+        attribute, value = _parts(target)
+        were, are = reader.read(before), reader.read(after)
+        others = [a for a in world.ATTRIBUTES if a != attribute]
+        kept = {a: np.array([_same(w, r, a) for w, r in zip(were, are)], bool) for a in others}
+        return {
+            "success": np.array([_value(r, attribute) == value for r in are], bool),
+            "kept": np.mean(list(kept.values()), axis=0),
+            **{f"kept {a}": v for a, v in kept.items()},
+        }
+
+    def has(self, target: str, images: np.ndarray) -> np.ndarray:
+        """Whether images of one object show the target, bool, (image,)."""
+        attribute, value = _parts(target)
+        return np.array([_value(r, attribute) == value for r in reader.read(images)], bool)
+
+
+def _parts(target: str) -> tuple[str, str]:
+    attribute, _, value = target.partition("=")
+    if value not in world.ATTRIBUTES.get(attribute, ()):
+        known = [f"{a}={v}" for a, values in world.ATTRIBUTES.items() for v in values]
+        refuse("target", target, f"a label such as {nearest(target, known)}")
+    return attribute, value
+
+
+def _value(reading: reader.Reading, attribute: str) -> str | None:
+    """An attribute of an image of one object; None where the reader cannot tell."""
+    if reading.background is None or len(reading.objects) != 1:
+        return None
+    if attribute == "background":
+        return reading.background
+    return getattr(reading.objects[0], attribute)
+
+
+def _same(before: reader.Reading, after: reader.Reading, attribute: str) -> bool:
+    value = _value(before, attribute)
+    return value is not None and value == _value(after, attribute)
+
+
+def _kept(before: reader.Reading, after: reader.Reading, attributes) -> float:
+    """Share of the objects before that one object after equals in these attributes."""
+    if not before.objects:
+        return float("nan")
+    there = {tuple(getattr(o, a) for a in attributes) for o in after.objects}
+    return float(
+        np.mean([tuple(getattr(o, a) for a in attributes) in there for o in before.objects])
+    )

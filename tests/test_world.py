@@ -1,0 +1,161 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import ndimage
+
+from helpers.demo import world
+from helpers.demo.world import ATTRIBUTES, BACKGROUNDS, HELD_OUT, PAIRS, POSITIONS, Object, Scene
+
+
+def objects_at(position):
+    names = ("shape", "colour", "size", "texture")
+    return st.builds(Object, *(st.sampled_from(ATTRIBUTES[n]) for n in names), st.just(position))
+
+
+any_objects = st.one_of(
+    *(st.tuples(objects_at(p)) for p in POSITIONS),
+    *(st.tuples(objects_at(a), objects_at(b)) for a, b in PAIRS),
+)
+any_scene = st.builds(Scene, any_objects, st.sampled_from(tuple(BACKGROUNDS)))
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    rng = np.random.default_rng(11)
+    scenes = world.sample(200, rng)
+    return scenes, *world.render(scenes, rng)
+
+
+@given(any_scene)
+def test_a_caption_and_its_scene_are_the_same_thing(scene):
+    assert world.parse(world.caption(scene)) == scene
+
+
+@given(any_scene, any_scene)
+def test_different_scenes_have_different_captions(a, b):
+    assert (world.caption(a) == world.caption(b)) == (a == b)
+
+
+GOOD = "a large red striped circle at the top left on a white background"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "a photograph of a dog",
+        GOOD.replace("red", "pink"),
+        GOOD.replace("circle", "star"),
+        GOOD.replace("large ", ""),
+        GOOD.replace("large", "huge"),
+        GOOD.replace("striped", "checked"),
+        GOOD.replace("top left", "nowhere"),
+        GOOD.replace("white", "black"),
+        GOOD.replace(" background", ""),
+        GOOD + " ",
+        GOOD.replace("a large", "the large"),
+        GOOD.replace("red", "Red"),
+        GOOD.replace(" on a", " and a small red solid circle at the right on a"),
+        "a small red solid circle at the left and " * 3 + GOOD,
+    ],
+)
+def test_what_is_not_a_scene_is_refused_with_an_example(text):
+    with pytest.raises(ValueError) as refused:
+        world.parse(text)
+    assert repr(text) in str(refused.value) and repr(GOOD) in str(refused.value)
+
+
+def test_held_out_scenes_are_those_with_a_held_out_pair():
+    for scene in world.sample(300, np.random.default_rng(0)):
+        pair = any((o.colour, o.shape) in HELD_OUT for o in scene.objects)
+        assert (world.split(scene) == "held_out") == pair
+
+
+def test_a_tenth_of_the_other_captions_is_unseen():
+    scenes = world.sample(4000, np.random.default_rng(1), ("train", "unseen"))
+    assert 0.08 < np.mean([world.split(s) == "unseen" for s in scenes]) < 0.12
+
+
+@pytest.mark.parametrize("part", ["train", "unseen", "held_out"])
+def test_sample_draws_from_the_asked_split_alone(part):
+    assert {world.split(s) for s in world.sample(50, np.random.default_rng(3), (part,))} == {part}
+
+
+@pytest.mark.parametrize("two, counts", [(0.0, {1}), (1.0, {2}), (0.5, {1, 2})])
+def test_sample_draws_the_asked_share_of_pairs(two, counts):
+    assert {len(s.objects) for s in world.sample(60, np.random.default_rng(4), two=two)} == counts
+
+
+def test_every_value_of_every_attribute_is_drawn():
+    scenes = world.sample(400, np.random.default_rng(5))
+    for attribute in world.OBJECT_ATTRIBUTES:
+        seen = {getattr(o, attribute) for s in scenes for o in s.objects}
+        assert seen == set(ATTRIBUTES[attribute])
+    assert {s.background for s in scenes} == set(BACKGROUNDS)
+
+
+def test_the_same_generator_gives_the_same_scenes_images_and_masks():
+    def draw(seed):
+        rng = np.random.default_rng(seed)
+        scenes = world.sample(20, rng)
+        return scenes, *world.render(scenes, rng)
+
+    (a, images, masks), (b, images_again, masks_again) = draw(6), draw(6)
+    assert a == b and np.array_equal(images, images_again) and np.array_equal(masks, masks_again)
+    assert not np.array_equal(images, draw(7)[1])
+
+
+CAPTIONS = [
+    "a large yellow striped cross at the top left on a white background",
+    "a small green solid square at the top right on a white background",
+    "a large orange dotted cross at the top on a white background",
+]
+SPLITS = ["held_out", "train", "train"]
+MEANS = [[0.961, 0.922, 0.897], [0.948, 0.976, 0.903], [0.976, 0.916, 0.878]]
+AREAS = [365.1, 205.1, 319.5]
+
+
+def test_the_world_is_the_one_the_shipped_model_was_trained_on():
+    """Captions, splits and pixels as they were; the model and its figures belong to them."""
+    rng = np.random.default_rng(5)
+    scenes = world.sample(3, rng, two=0)
+    images, masks = world.render(scenes, rng)
+    assert [world.caption(s) for s in scenes] == CAPTIONS
+    assert [world.split(s) for s in scenes] == SPLITS
+    np.testing.assert_allclose(images.mean((1, 2)), MEANS, atol=1e-3)
+    np.testing.assert_allclose(masks[:, 0].sum((1, 2)), AREAS, atol=0.1)
+
+
+def test_jitter_makes_two_drawings_of_one_scene_differ():
+    scene = world.sample(1, np.random.default_rng(8))[0]
+    assert not np.array_equal(*world.render([scene, scene], np.random.default_rng(9))[0])
+
+
+def test_images_and_masks_are_float32_in_the_unit_interval(drawn):
+    _, images, masks = drawn
+    assert images.shape == (200, 64, 64, 3) and masks.shape == (200, 2, 64, 64)
+    for values in (images, masks):
+        assert values.dtype == np.float32 and values.min() >= 0 and values.max() <= 1
+
+
+def test_masks_are_where_the_image_differs_from_its_background(drawn):
+    for scene, image, mask in zip(*drawn):
+        differs = abs(image - image[0, 0]).max(axis=2)
+        covered = mask.max(axis=0)
+        assert (differs[covered == 0] == 0).all()
+        assert (differs[covered > 0.9] > 0.2).all()
+        assert [m.any() for m in mask] == [True, len(scene.objects) == 2]
+
+
+def test_each_mask_lies_at_its_objects_place(drawn):
+    for scene, _, mask in zip(*drawn):
+        for o, m in zip(scene.objects, mask):
+            centre = np.array(ndimage.center_of_mass(m)) + 0.5
+            assert np.hypot(*(centre - POSITIONS[o.position])) < 2.5
+
+
+def test_render_refuses_a_scene_outside_the_world():
+    bad = Scene((Object("circle", "pink", "small", "solid", "left"),), "white")
+    with pytest.raises(ValueError, match="colour is 'pink'"):
+        world.render([bad], np.random.default_rng(0))
