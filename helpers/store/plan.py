@@ -1,0 +1,274 @@
+"""What a collection is to hold, and the record that each of its folders keeps of that.
+
+A store is a folder of safetensors shards, one for each batch of images, and two records:
+`begun.json`, written with the first shard, and `manifest.json`, written when all are there, which
+adds their SHA-256 and the versions. A folder that was begun with other settings is refused, and
+nothing in it is touched.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from helpers.checks import in_range, one_of, refuse
+from helpers.files import load_json
+from helpers.pipelines.calls import BRANCHES
+from helpers.pipelines.loading import denoiser_of
+from helpers.trajectories import Tap, bytes_per_image, hookpoints, shapes, times_of
+
+SPLITS = ("train", "validation", "test")
+RECORDED = (  # what every begun.json and manifest.json holds, among others
+    *("prompts", "seeds", "split", "sampling", "steps", "timesteps", "grid", "channels", "dtype"),
+    *("tokens_per_image", "train_images", "hookpoint", "signal", "branch", "batch_size"),
+)
+NOT_CHOSEN = (  # the rest of what a Plan computes anew from its fields and the pipeline
+    *("scheduler", "weights", "sigmas", "versions", "shards", "images_of_shard"),
+)
+
+
+@dataclass
+class Plan:
+    """What a collection is to hold; plan and weights determine its bytes on a given machine."""
+
+    taps: dict[Path, Tap]
+    """Folder of each store -> what it records; all are recorded in one pass."""
+    prompts: list[str]
+    """The prompt of each image."""
+    seeds: list[int]
+    """The seed of each image: its noise and which of its tokens are kept follow from it alone."""
+    splits: list[str]
+    """'train', 'validation' or 'test' for each image."""
+    steps: list[int]
+    """Denoising steps to keep, 0 is the noisiest."""
+    sampling: dict
+    """Arguments of the pipeline's call; height or width 0 is the model's own."""
+    batch_size: int
+    """Images made at once and stored in one shard."""
+    store_dtype: torch.dtype = torch.float16
+    """Precision of activations on disk."""
+    tokens_per_image: int = 0
+    """Tokens kept of each training image, drawn at random; 0 keeps all. Other images keep all."""
+    train_images: bool = True
+    """Whether the training images are stored beside their activations."""
+    about: dict = field(default_factory=dict)
+    """What else identifies the collection: model, model_dtype, revision."""
+
+    def __post_init__(self):
+        self.taps = {Path(folder): Tap.of(tap) for folder, tap in self.taps.items()}
+        self.sampling = {"height": 0, "width": 0} | self.sampling
+        lengths = tuple(map(len, (self.prompts, self.seeds, self.splits)))
+        if not lengths[0] or len(set(lengths)) > 1:
+            refuse("prompts, seeds and splits", lengths, "of one length, which is at least 1")
+        for split in self.splits:
+            one_of("split", split, SPLITS)
+        for tap in self.taps.values():
+            one_of("branch", tap.branch, BRANCHES)
+        in_range("batch_size", self.batch_size, 1)
+
+    @staticmethod
+    def of_record(folder: Path, record: dict) -> Plan:
+        """The plan that a folder was begun with, for this folder alone."""
+        return Plan(
+            taps={folder: Tap(*(record[name] for name in Tap._fields))},
+            prompts=record["prompts"],
+            seeds=record["seeds"],
+            splits=record["split"],
+            steps=record["steps"],
+            sampling=record["sampling"],
+            batch_size=record["batch_size"],
+            store_dtype=getattr(torch, record["dtype"]),
+            tokens_per_image=record["tokens_per_image"],
+            train_images=record["train_images"],
+            about={k: v for k, v in record.items() if k not in (*RECORDED, *NOT_CHOSEN)},
+        )
+
+    @cached_property
+    def shards(self) -> list[list[int]]:
+        """The images of each shard: neighbours of one split, `batch_size` at most."""
+        of_split = ([i for i, s in enumerate(self.splits) if s == split] for split in SPLITS)
+        n = self.batch_size
+        return [images[i : i + n] for images in of_split for i in range(0, len(images), n)]
+
+    def is_train(self, i: int) -> bool:
+        """Whether shard i holds training images."""
+        return self.splits[self.shards[i][0]] == "train"
+
+    def with_images(self, i: int) -> bool:
+        """Whether shard i keeps its images."""
+        return self.train_images or not self.is_train(i)
+
+    def chosen_tokens(self, i: int, n_tokens: int) -> torch.Tensor | None:
+        """Int64[Tensor, "image kept"]: which tokens of shard i to keep, ascending; None for all.
+
+        Each image's are drawn by its own seed.
+        """
+        if not (self.tokens_per_image and self.is_train(i)):
+            return None
+        draws = (np.random.default_rng([self.seeds[j], 7]) for j in self.shards[i])
+        kept = [draw.permutation(n_tokens)[: self.tokens_per_image] for draw in draws]
+        return torch.from_numpy(np.sort(kept, axis=1))
+
+    def shard_bytes(self, i: int, record: dict, pipe) -> int:
+        """What shard i of a folder with that record takes on disk."""
+        n_tokens = record["grid"][0] * record["grid"][1]
+        if self.is_train(i):
+            n_tokens = self.tokens_per_image or n_tokens
+        size = bytes_per_image(len(self.steps), n_tokens, record["channels"], self.store_dtype)
+        if self.with_images(i):
+            size += image_bytes(pipe, self.sampling)
+        return len(self.shards[i]) * size
+
+    def described(self, pipe) -> dict[Path, dict]:
+        """For each folder, what must be the same for another image to be added to it."""
+        common = self.about | {
+            "prompts": list(self.prompts),
+            "seeds": [int(s) for s in self.seeds],
+            "split": list(self.splits),
+            "steps": [int(s) for s in self.steps],
+            "sampling": self.sampling,
+            "batch_size": self.batch_size,
+            "dtype": str(self.store_dtype).removeprefix("torch."),
+            "tokens_per_image": self.tokens_per_image,
+            "train_images": self.train_images,
+            "scheduler": type(pipe.scheduler).__name__,
+            "weights": weights_of(pipe),
+        }
+        return {folder: common | tap._asdict() for folder, tap in self.taps.items()}
+
+    def check(self, pipe) -> dict[Path, dict]:
+        """Call the denoiser once, and say what each folder's record is to hold.
+
+        Raises
+        ------
+        ValueError
+            A tap, a step or an argument that this pipeline does not have, or a folder that was
+            begun with other settings.
+        OSError
+            A folder that cannot be written in.
+        """
+        found = shapes(pipe, list(self.taps.values()), self.prompts[0], **self.sampling)
+        times = times_of(pipe.scheduler, self.steps)
+        records = self.described(pipe)
+        for folder, tap in self.taps.items():
+            if tap not in found:
+                known = list(hookpoints(pipe, self.prompts[0], **self.sampling))
+                valid = f"called, with a grid of tokens as {tap.signal}, such as {', '.join(known)}"
+                refuse("hookpoint", tap.hookpoint, valid)
+            rows, columns, channels = found[tap]
+            in_range("tokens_per_image", self.tokens_per_image, 0, rows * columns)
+            refuse_other_settings(folder, records[folder])
+            records[folder] |= times | {"grid": [rows, columns], "channels": channels}
+        self.check_folders()
+        return records
+
+    def check_folders(self) -> None:
+        """OSError unless each folder can be written in; a finished one need not be."""
+        for folder in self.taps:
+            if os.path.exists(folder / "manifest.json"):
+                continue
+            there = next(p for p in (folder, *folder.absolute().parents) if os.path.exists(p))
+            if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+                what = "read-only" if there.is_dir() else "no folder"
+                raise OSError(f"run: {folder} cannot be written; {there} is {what}")
+
+
+def image_bytes(pipe, sampling: dict) -> int:
+    """What one stored image takes: 3 bytes a pixel."""
+    size = getattr(pipe, "default_sample_size", None)
+    size = size or getattr(denoiser_of(pipe).config, "sample_size", 0) or 0
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    factor = getattr(pipe, "vae_scale_factor", 1)
+    return 3 * (sampling["height"] or height * factor) * (sampling["width"] or width * factor)
+
+
+@torch.no_grad()
+def weights_of(pipe) -> str:
+    """SHA-256 over a sample of every weight that makes the images, the same on all devices.
+
+    Empty where weights cannot be looked at: offloaded ones, and some that are quantised.
+    """
+    found = hashlib.sha256()
+    for name, part in sorted(pipe.components.items()):
+        if isinstance(part, torch.nn.Module) and name != "safety_checker":
+            for p in part.parameters():
+                if p.is_meta:
+                    return ""
+                try:
+                    sample = p.flatten()[:: max(1, p.numel() // 64) | 1]
+                    found.update(sample.float().cpu().contiguous().numpy())
+                except (RuntimeError, TypeError):
+                    return ""
+    return found.hexdigest()[:16]
+
+
+# --- the records in a folder --------------------------------------------------------------------
+
+
+def shard_path(folder: Path, i: int) -> Path:
+    """Where shard i of a folder lies."""
+    return folder / f"shard-{i:05d}.safetensors"
+
+
+def load_record(path: Path, *more: str) -> dict:
+    """A manifest.json or begun.json; ValueError if it lacks one of RECORDED or of `more`."""
+    record = load_json(path)
+    for name in (*RECORDED, *more):
+        if not isinstance(record, dict) or name not in record:
+            _refuse_damaged(path, name)
+    return record
+
+
+def load_manifest(folder: Path) -> dict:
+    """The manifest of a finished folder."""
+    path = folder / "manifest.json"
+    manifest = load_record(path, "shards", "images_of_shard")
+    for i in range(len(manifest["images_of_shard"])):
+        if shard_path(folder, i).name not in manifest["shards"]:
+            _refuse_damaged(path, shard_path(folder, i).name)
+    return manifest
+
+
+def _refuse_damaged(path: Path, lacking: str):
+    raise ValueError(
+        f"{path} is damaged (it has no {lacking!r}); delete it, run 01_collect_trajectories again"
+    )
+
+
+def refuse_other_settings(folder: Path, described: dict) -> None:
+    """ValueError, naming what differs, if `folder` was begun with other settings than those."""
+    described = json.loads(json.dumps(described))  # as it would come back from the file
+    for path in (folder / "begun.json", folder / "manifest.json"):
+        if not path.exists():
+            continue
+        record = load_record(path)
+        before = record | record["sampling"]
+        now = dict.fromkeys(record["sampling"]) | described | described["sampling"]
+        if not (before.get("weights") and now["weights"]):  # one of them is not known
+            del now["weights"]
+        del now["sampling"]
+        for name, value in now.items():
+            if before.get(name) != value:
+                where, old, new = _first_difference(name, before.get(name), value)
+                refuse(where, new, f"{old!r}, as {folder} was made with, or give another run")
+
+
+def _first_difference(name: str, old, new) -> tuple:
+    """Where two values differ, by name, and what they hold there; long texts from there on."""
+    if isinstance(old, list) and isinstance(new, list):
+        if len(old) != len(new):
+            return f"the number of {name}", len(old), len(new)
+        i = next(i for i, (a, b) in enumerate(zip(old, new)) if a != b)
+        return _first_difference(f"{name}[{i}]", old[i], new[i])
+    if isinstance(old, str) and isinstance(new, str):
+        start = len(os.path.commonprefix([old, new])) - 20
+        if start > 20:
+            old, new = (f"…{text[start : start + 60]}" for text in (old, new))
+    return name, old, new
