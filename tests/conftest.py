@@ -1,17 +1,12 @@
 import functools
+import os
 from itertools import islice
 
-import matplotlib
-import numpy as np
-import pipelines
 import pytest
 import torch
 from hypothesis import settings
 
-from helpers.demo import world as scenes
-from helpers.predictors import Predictors
-
-matplotlib.use("Agg")
+os.environ.setdefault("MPLBACKEND", "Agg")
 torch.set_num_threads(1)
 settings.register_profile("suite", max_examples=25, deadline=None, derandomize=True, database=None)
 settings.load_profile("suite")
@@ -22,21 +17,23 @@ TUPLE = "mid_block.attentions.0"  # a tuple that holds a grid
 SAMPLING = {"num_inference_steps": 3, "guidance_scale": 3.0}
 
 
-@pytest.fixture(scope="session")
-def pipe():
-    """A random pipeline of 16×16 images and 8×8 latents; its middle block has 4×4 tokens of 32 channels."""
-    return pipelines.stable_diffusion()
-
-
 @functools.cache
 def built(name):
-    """The tiny pipeline of that name in `pipelines.ALL`."""
+    """The tiny pipeline of that name in `pipelines.ALL`, shared: tests leave it as it is."""
+    import pipelines  # here, because reading diffusers takes seconds that many tests do not need
+
     return pipelines.ALL[name]()
 
 
 @pytest.fixture(scope="session")
+def pipe():
+    """A tiny Stable Diffusion: 16×16 images, 8×8 latents, 4×4 tokens of 32 channels midway."""
+    return built("sd1")
+
+
+@pytest.fixture(scope="session")
 def prompts():
-    return [scenes.caption(s) for s in scenes.sample(5, np.random.default_rng(0))]
+    return ["a red circle", "two cats", "a tree", "a green dog, striped", "3 small boats at sea"]
 
 
 @pytest.fixture
@@ -52,6 +49,8 @@ def hooks_on(model):
 
 def some_predictors(n_steps=3, d=4, seed=0):
     """Predictors of no particular origin; each A has spectral norm below one."""
+    from helpers.predictors import Predictors
+
     g = torch.Generator().manual_seed(seed)
     A = torch.randn(n_steps, d, d, generator=g)
     A = 0.9 * A / torch.linalg.matrix_norm(A, 2)[:, None, None]

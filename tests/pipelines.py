@@ -1,7 +1,8 @@
-"""Tiny pipelines of random weights, one per family of models, built from the real classes of diffusers; nothing is downloaded.
+"""Tiny pipelines of random weights, one per family of models; nothing is downloaded.
 
-Images are 16×16 pixels and latents 8×8 unless a docstring says otherwise; where the pipeline takes a height and a width,
-16×24 works as well. All modules are in evaluation mode, so an image depends on its generator and its prompt alone.
+They are built from the real classes of diffusers. Images are 16×16 pixels and latents 8×8 unless a
+docstring says otherwise; where the pipeline takes a height and a width, 16×24 works as well. All
+modules are in evaluation mode, so an image depends on its generator and its prompt alone.
 """
 
 import string
@@ -32,20 +33,22 @@ from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
+    CLIPTokenizer,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
 )
 
-from helpers.demo.model import MAX_TOKENS, build_tokenizer
-
-CLIP_WIDTH, T5_WIDTH = 16, 32
+CLIP_WIDTH, T5_WIDTH, MAX_TOKENS = 16, 32, 32
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
 def _clip(kind=CLIPTextModel):
-    """A tokenizer that falls back to bytes, and a text model of the given class."""
-    tokenizer = build_tokenizer()
+    """A tokenizer whose tokens are letters, and a text model of the given class."""
+    letters = string.ascii_letters + string.digits + string.punctuation
+    tokens = [*letters, *(c + "</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
+    vocab = {token: i for i, token in enumerate(tokens)}
+    tokenizer = CLIPTokenizer(vocab=vocab, merges=[], model_max_length=MAX_TOKENS)
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=CLIP_WIDTH,
@@ -62,7 +65,7 @@ def _clip(kind=CLIPTextModel):
 
 
 def _t5():
-    """A tokenizer whose tokens are letters, digits and punctuation (else the unknown token), and a T5 encoder."""
+    """A tokenizer whose tokens are letters, digits and punctuation, and a T5 encoder."""
     letters = string.ascii_letters + string.digits + string.punctuation
     vocab = [
         ("<pad>", 0.0),
@@ -139,7 +142,7 @@ def stable_diffusion():
 
 
 def stable_diffusion_2():
-    """Stable Diffusion 2.x: predicts v, has a number of heads per level and linear projections around the blocks."""
+    """Stable Diffusion 2.x: predicts v; heads per level, linear projections around the blocks."""
     torch.manual_seed(0)
     tokenizer, text = _clip()
     unet = _unet(attention_head_dim=[2, 4], use_linear_projection=True)
@@ -152,7 +155,7 @@ def stable_diffusion_2():
 
 
 def sdxl():
-    """Stable Diffusion XL: two text encoders, sizes embedded with the time, a different number of blocks per level."""
+    """Stable Diffusion XL: two text encoders, sizes embedded with the time, blocks per level."""
     torch.manual_seed(0)
     tokenizer, text = _clip()
     tokenizer_2, text_2 = _clip(CLIPTextModelWithProjection)
@@ -204,7 +207,7 @@ def sd3():
 
 
 def flux():
-    """FLUX.1 dev: 2×2 latent pixels packed into each of 4×4 tokens, two blocks of two streams and two of one."""
+    """FLUX.1 dev: 4×4 tokens of 2×2 latent pixels, two blocks of two streams, two of one."""
     torch.manual_seed(0)
     tokenizer, text = _clip()
     tokenizer_2, text_2 = _t5()
@@ -229,10 +232,11 @@ def flux():
 
 
 def pixart():
-    """PixArt-α, for images of 256×256 pixels and latents of 32×32, the least its list of aspect ratios allows.
+    """PixArt-α, for images of 256×256 pixels and latents of 32×32, the least that it lists.
 
-    Every height and width is mapped to that list, so 16×24 is drawn as 208×304 and then resized, unless
-    `use_resolution_binning=False`; then the latents are an eighth of what was asked for: 64×96 gives 8×12.
+    Every height and width is mapped to its list of aspect ratios, so 16×24 is drawn as 208×304 and
+    then resized, unless `use_resolution_binning=False`; then the latents are an eighth of what was
+    asked for: 64×96 gives 8×12.
     """
     torch.manual_seed(0)
     tokenizer, text = _t5()
@@ -255,7 +259,7 @@ def pixart():
 
 
 def dit():
-    """DiT, conditioned on one of the 1000 classes of ImageNet, two of which have names here; 4×4 tokens, square only."""
+    """DiT, for one of 1000 classes, two of which have names here; 4×4 tokens, square only."""
     torch.manual_seed(0)
     transformer = DiTTransformer2DModel(
         sample_size=8,
@@ -277,7 +281,7 @@ def dit():
 
 
 def ddpm():
-    """An unconditional model of 8×8 pixels, square only, with attention in the second level and the middle."""
+    """An unconditional model of 8×8 pixels, square only, with attention in its second level."""
     torch.manual_seed(0)
     unet = UNet2DModel(
         sample_size=8,
