@@ -1,24 +1,36 @@
 PYTHON ?= python3
 BIN := .venv/bin
+# tests run a process a core: a thread each, and no core kept busy by waiting
+QUIET := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive TOKENIZERS_PARALLELISM=false
 
-.PHONY: demo test slow notebooks lab run estimate bench clean
+.PHONY: demo test quick notebooks lab run estimate bench gpu slow clean
 
 # Run notebooks 01 to 06 on the shipped model; what is done and intact is skipped.
 demo: .venv/installed
-	$(BIN)/python -m helpers.run.folder demo
+	$(BIN)/python -m helpers.run demo
 
 # The same with another file of notebooks/parameters: make run RUN=sd15
 run: .venv/installed
-	$(BIN)/python -m helpers.run.folder $(RUN)
+	$(BIN)/python -m helpers.run $(RUN)
 
-# Lint, unit tests, every notebook at smoke size, papermill with changed parameters.
+# Format, lint, unit tests, papermill with changed parameters, every notebook at smoke size.
 test: .venv/installed
+	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest tests
+	$(QUIET) $(BIN)/python -m pytest tests -n 2
 	rm -rf runs/smoke runs/smoke_demo_model
 	$(BIN)/python -m pytest --nbmake --nbmake-timeout=300 notebooks
 
-# Stable Diffusion 1.5 at full size with random weights, images of 128 × 192, through every notebook: 10 GB of memory, 5 GB of disk, about ten minutes.
+# The inner loop: what starts no processes of its own.
+quick: .venv/installed
+	$(QUIET) $(BIN)/python -m pytest tests -n 2 -m "not process and not slow and not gpu"
+
+# All that must be tried on CUDA, with the table of speeds in figures/bench/gpu.json.
+gpu: .venv/installed
+	$(BIN)/python -m tests.test_gpu
+
+# Stable Diffusion 1.5 at full size with random weights, images of 128 × 192, through every
+# notebook: 10 GB of memory, 5 GB of disk, about ten minutes.
 slow: .venv/installed
 	$(BIN)/python -m pytest tests -m slow -s
 
@@ -30,9 +42,9 @@ estimate: .venv/installed
 bench: .venv/installed .venv-peers/installed
 	$(BIN)/python -m tests.benchmarks --readme
 
-# Renew what is committed: outputs of the notebooks, figures/demo, the README's results table.
+# Renew what is committed: outputs of the notebooks, figures/demo, the tables of results.
 notebooks: .venv/installed
-	$(BIN)/python -m helpers.run.folder demo --publish
+	$(BIN)/python -m helpers.run demo --publish
 
 lab: .venv/installed
 	$(BIN)/jupyter lab notebooks
