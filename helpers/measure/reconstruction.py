@@ -1,0 +1,126 @@
+"""How well dictionaries rebuild held-out trajectories, in any coordinates, and at what cost.
+
+A change of coordinates changes the metric in which an error counts, so every dictionary is measured
+in several. One pass over the shards serves them all; what is kept are sums per image and step,
+since intervals are over images.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from helpers.coordinates import Coordinates
+from helpers.dictionary import Dictionary
+from helpers.measure import metrics
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """What one dictionary left and spent, summed over the trajectories of each image."""
+
+    sums: dict[str, tuple[np.ndarray, np.ndarray]]
+    """space -> Σ (y - ŷ)² and Σ (y - y of the training mean)², each float64, (image, step)"""
+    numbers: np.ndarray
+    """numbers that a trajectory was rebuilt from, mean of each image, float64, (image,)"""
+    used: np.ndarray | None
+    """whether each latent fired on any trajectory, bool, (latent,); None for a dense dictionary"""
+
+    @property
+    def alive(self) -> float:
+        """Share of latents that fired at least once; NaN for a dense dictionary."""
+        return float("nan") if self.used is None else float(self.used.mean())
+
+    def ev(self, space: str, step: int | None = None) -> metrics.Estimate:
+        """Explained variance over all steps, or at one of them."""
+        steps = slice(None) if step is None else [step]
+        return metrics.explained_variance(*(v[:, steps].sum(1) for v in self.sums[space]))
+
+    def ev_per_step(self, space: str) -> list[metrics.Estimate]:
+        return [self.ev(space, step) for step in range(self.sums[space][0].shape[1])]
+
+
+def difference(a: Reconstruction, b: Reconstruction, space: str) -> metrics.Estimate:
+    """EV of a less EV of b, both on the same resampled images."""
+    (error_a, spread), (error_b, _) = a.sums[space], b.sums[space]
+    return metrics.ratio((error_b - error_a).sum(1), spread.sum(1))
+
+
+@torch.no_grad()
+def measure(
+    dictionaries: dict[str, Dictionary], shards, spaces: dict[str, Coordinates]
+) -> dict[str, Reconstruction]:
+    """Rebuild held-out trajectories from each dictionary's codes, all in one pass over the shards.
+
+    Parameters
+    ----------
+    shards : iterable of Float[Tensor, "image token step channel"]
+        Standardised activations, on the device of dictionaries and spaces; see `standardised`.
+    spaces : dict of Coordinates
+        In which errors are measured: `coordinates.raw` for activation space.
+    """
+    sums = {name: {space: [] for space in spaces} for name in dictionaries}
+    numbers = {name: [] for name in dictionaries}
+    used = {name: None if d.two_sided else False for name, d in dictionaries.items()}
+    means = {s: c.residualize(torch.zeros_like(c.mu)).view_as(c.mu) for s, c in spaces.items()}
+    for x in (image for shard in shards for image in shard.split(1)):  # bounds the codes' memory
+        truth = {space: _blocks(c, x) for space, c in spaces.items()}
+        for name, dictionary in dictionaries.items():
+            z = dictionary.codes(x)  # (1, token, latent)
+            x_hat = dictionary.rebuild(z)
+            for space, c in spaces.items():
+                part = metrics.squared_errors(truth[space], _blocks(c, x_hat), means[space])
+                sums[name][space].append(part)
+            numbers[name].append(float(dictionary.cost(z).double().mean()))
+            if used[name] is not None:
+                used[name] = used[name] | _fired(dictionary, z)
+    joined = {
+        name: {space: tuple(map(np.concatenate, zip(*v))) for space, v in of_spaces.items()}
+        for name, of_spaces in sums.items()
+    }
+    return {n: Reconstruction(joined[n], np.array(numbers[n]), used[n]) for n in dictionaries}
+
+
+def _blocks(coordinates: Coordinates, x: torch.Tensor) -> torch.Tensor:
+    """(image, token, step, channel) -> the blocks of y, (image, step, token, channel)."""
+    return coordinates.residualize(x).unflatten(-1, x.shape[-2:]).transpose(1, 2)
+
+
+def _fired(dictionary: Dictionary, z: torch.Tensor) -> np.ndarray:
+    """Which latents fired, (latent,); one step at a time, a latent is the same at every step."""
+    fired = (z != 0).flatten(0, -2).any(0)
+    if dictionary.one_step:
+        fired = fired.view(dictionary.coordinates.n_steps, -1).any(0)
+    return fired.cpu().numpy()
+
+
+def standardised(store, split: str, predictors):
+    """A split's standardised activations, shard by shard: (image, token, step, channel)."""
+    for h in store.shards(split):
+        yield predictors.standardise(h.transpose(1, 2).to(predictors.mu.device))
+
+
+class SomeSteps:
+    """A store of which only some of the kept steps are read.
+
+    Parameters
+    ----------
+    store : store.read.Store
+    keep : list of int
+        Indices into the store's kept steps.
+    """
+
+    def __init__(self, store, keep: list[int]):
+        self._store, self.keep, self.n_steps = store, keep, len(keep)
+        self.steps, self.timesteps = ([v[i] for i in keep] for v in (store.steps, store.timesteps))
+
+    def __getattr__(self, name):
+        return getattr(self._store, name)
+
+    def shards(self, split: str, share=(0, 1)):
+        return (h[:, self.keep] for h in self._store.shards(split, share))
+
+    def batches(self, *args, **kwargs):
+        return (h[:, self.keep] for h in self._store.batches(*args, **kwargs))
