@@ -1,11 +1,13 @@
-"""Steering: add a feature trajectory to the activations while an image is made, or scale and remove a feature it has.
+"""Steering: edit what a module computes while images are made, along feature trajectories.
 
-    h[s] <- h[s] + strength · RMS(h[s]) · û[s]
+    steer        h[s] <- h[s] + strength · RMS(h[s]) · û[s]
+    project_out  h[s] <- h[s] - amount · ((h[s] - c[s]) · v[s]) v[s],  |v[s]| = 1
+    replace      h[s] <- what is given
 
-RMS(h[s]) is the root mean squared norm of centred tokens at that step (`scale[s]` · √channels), measured when the
-predictors were fitted. û is the feature trajectory in standardised units, divided once by its root mean squared
-norm over the kept steps: it keeps its profile over time, so that a late feature stays late. Between kept steps
-directions are interpolated linearly in the step index; outside them the nearest kept step's is used.
+RMS(h[s]) is the root mean squared norm of centred tokens at that step (`scale[s]` · √channels). û
+is a feature trajectory in standardised units, divided once by its root mean squared norm over the
+kept steps: it keeps its profile over time, so that a late feature stays late. Between kept steps
+directions are interpolated linearly in the step index; outside them the nearest kept step's serves.
 """
 
 from __future__ import annotations
@@ -13,156 +15,80 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from helpers.hooks import BRANCHES, denoiser_of, listen
-from helpers.predictors import Predictors
-from helpers.trajectories import generate
+from helpers.checks import one_of, refuse
+from helpers.coordinates import Coordinates
+from helpers.hooks import Tap, listen
+from helpers.pipelines.calls import BRANCHES
+from helpers.pipelines.generate import generate
+from helpers.pipelines.loading import denoiser_of
+
+# --- directions ---------------------------------------------------------------------------------
 
 
 def unit(u: torch.Tensor) -> torch.Tensor:
-    """û: a feature trajectory (S, d), standardised units, divided by the RMS over steps of its norm."""
+    """û: a feature trajectory (S, d) divided by the root mean square over steps of its norm."""
     size = u.norm(dim=-1).pow(2).mean().sqrt()
     if size == 0:
-        raise ValueError("the direction is zero at every step; choose another latent")
+        refuse("direction", 0, "a trajectory that is not zero at every step; take another latent")
     return u / size
 
 
-def random_like(u: torch.Tensor, seed: int) -> torch.Tensor:
-    """A random trajectory (S, d) with the same norm at every step as u: the control for any direction."""
-    noise = torch.randn(u.shape, generator=torch.Generator().manual_seed(seed)).to(
-        u
-    )  # drawn on the CPU: the same on every device
+def random_like(u: torch.Tensor, seed: int, coordinates: Coordinates | None = None) -> torch.Tensor:
+    """A random trajectory (S, d) with the norm of u at every step: the control for any direction.
+
+    Its steps point in independent directions. With `coordinates` it is a random decoder row sent
+    through their recurrence instead, so that neighbouring steps are as alike as those of features.
+    """
+    noise = torch.randn(u.shape, generator=torch.Generator().manual_seed(seed)).to(u)
+    if coordinates is not None:
+        noise = coordinates.feature_trajectories(noise.flatten())
     return noise / noise.norm(dim=-1, keepdim=True) * u.norm(dim=-1, keepdim=True)
 
 
-def only_new(u: torch.Tensor, predictors: Predictors) -> torch.Tensor:
-    """The part of u that each step adds, rho[s] w[s] = u[s] - u[s-1] A[s]: mode 'residual' leaves the rest to the model."""
+def only_new(u: torch.Tensor, coordinates: Coordinates) -> torch.Tensor:
+    """What each step adds to u (S, d), u[s] - u[s-1] A[s] - u[s-2] B[s].
+
+    The rest is left to the model, which carries on what it was given at the steps before.
+    """
     new = u.clone()
-    new[1:] -= torch.einsum("sd,sde->se", u[:-1], predictors.A[1:].to(u))
+    for lag, M in ((1, coordinates.A), (2, coordinates.B)):
+        if M is not None:
+            new[lag:] -= torch.einsum("sd,sde->se", u[:-lag], M[lag:].to(u))
     return new
 
 
-def _at_every_step(values: torch.Tensor, steps, n: int) -> torch.Tensor:
-    """Values at the kept steps, (S, …) -> at all n steps, linear in the step index."""
+def at_every_step(values: torch.Tensor, steps, num_inference_steps: int) -> torch.Tensor:
+    """Values at the kept steps, (S, …), at all denoising steps, linear in the step index."""
     order = np.argsort(steps)
     values, steps = values[order], np.asarray(steps)[order]
-    position = np.interp(np.arange(n), steps, np.arange(len(steps)))
+    position = np.interp(np.arange(num_inference_steps), steps, np.arange(len(steps)))
     low = np.floor(position).astype(int)
     high = np.minimum(low + 1, len(steps) - 1)
-    share = torch.tensor(position - low, dtype=values.dtype, device=values.device).reshape(
-        -1, *[1] * (values.ndim - 1)
-    )
+    share = torch.tensor(position - low, dtype=values.dtype, device=values.device)
+    share = share.reshape(-1, *[1] * (values.ndim - 1))
     return values[low] * (1 - share) + values[high] * share
 
 
 def addition(
-    u, predictors: Predictors, steps, num_inference_steps: int, strength: float
+    u, coordinates: Coordinates, steps, num_inference_steps: int, strength: float
 ) -> torch.Tensor:
-    """What to add at every denoising step, raw units, (num_inference_steps, d), for a trajectory u (S, d), standardised."""
-    size = predictors.scale.to(u) * u.shape[-1] ** 0.5  # RMS norm of centred tokens
-    return _at_every_step(strength * size[:, None] * unit(u), steps, num_inference_steps)
-
-
-def check_window(window, num_inference_steps: int) -> tuple[int, int]:
-    """First and last step (included) of a window; ValueError outside 0..num_inference_steps-1."""
-    steps = list(window) if isinstance(window, (list, tuple, np.ndarray)) else [window]
-    if (
-        len(steps) != 2
-        or any(s not in range(num_inference_steps) for s in steps)
-        or steps[0] > steps[1]
-    ):
-        held = steps if len(steps) != 1 else window
-        raise ValueError(
-            f"windows holds {held}; each is two steps, first and last, from 0 to {num_inference_steps - 1}"
-        )
-    return int(steps[0]), int(steps[1])
-
-
-def _edit(pipe, prompts, seeds, hookpoint, signal, branch, edit, sampling) -> np.ndarray:
-    """Generate while `edit(rows, call)` changes the rows of one branch, or of both; None from it leaves them."""
-    wanted = BRANCHES if branch == "both" else (branch,)
-    seen: set[str] = set()
-
-    def on_call(tokens, call):
-        seen.update(call.branches)
-        rows = list(tokens.chunk(len(call.branches)))
-        edited = [edit(r, call) if name in wanted else None for name, r in zip(call.branches, rows)]
-        if all(e is None for e in edited):
-            return None
-        return torch.cat([r if e is None else e.to(r) for r, e in zip(rows, edited)])
-
-    with listen(
-        denoiser_of(pipe), pipe.scheduler, hookpoint, on_call, n_images=len(prompts), signal=signal
-    ):
-        images = generate(pipe, prompts, seeds, **sampling)
-    if not seen:
-        raise ValueError(
-            f"hookpoint {hookpoint!r} was never called, so nothing was edited; valid are modules that the model calls as it samples"
-        )
-    if not seen & set(wanted):
-        raise ValueError(
-            f"branch {branch!r} is not run by this pipeline with these settings, so nothing was edited; valid is {' or '.join(sorted(seen))}"
-        )
-    return images
-
-
-def steer(
-    pipe,
-    prompts,
-    seeds,
-    hookpoint: str,
-    delta: torch.Tensor,
-    *,
-    window=None,
-    mask=None,
-    branch: str = "conditional",
-    signal: str = "output",
-    **sampling,
-) -> np.ndarray:
-    """Generate images while adding `delta` at the hookpoint.
+    """What to add at every denoising step, raw units, (num_inference_steps, d).
 
     Parameters
     ----------
-    delta : Float[Tensor, "step channel"] or Float[Tensor, "step image token channel"]
-        What to add at each of the num_inference_steps, raw units; see `addition` and `scaling`. All zero leaves
-        every activation as it is, bit for bit.
-    window : (first, last) step, both included; None for all
-    mask : Float[Tensor, "token"] or Float[Tensor, "image token"], optional
-        Weight per token, 0 to 1.
-    branch : 'conditional', 'unconditional' or 'both' of classifier-free guidance
-    signal : 'output', 'input' or 'update', as it was recorded
-
-    Returns
-    -------
-    images : float32, (n, height, width, 3), in [0, 1]
+    u : Float[Tensor, "S d"]
+        A feature trajectory in standardised units, of any length.
+    coordinates : Coordinates
+        Their scale, (S,), says how large activations are.
     """
-    n = sampling["num_inference_steps"]
-    if branch not in (*BRANCHES, "both"):
-        raise ValueError(f"branch {branch!r} is not one of {', '.join(BRANCHES)}, both")
-    if len(delta) != n:
-        raise ValueError(f"delta has {len(delta)} steps; num_inference_steps={n} needs as many")
-    first, last = check_window((0, n - 1) if window is None else window, n)
-    moves = [bool(d.any()) for d in delta]  # asked once: on a GPU each answer is waited for
-
-    def add(rows, call):
-        if not first <= call.step <= last or not moves[call.step]:
-            return None
-        d = delta[call.step]
-        d = d[None, None] if d.ndim == 1 else d
-        if mask is not None:
-            if mask.shape[-1] != rows.shape[1]:
-                raise ValueError(
-                    f"mask covers {mask.shape[-1]} tokens; {hookpoint!r} has {rows.shape[1]}"
-                )
-            d = d * mask.reshape(-1, rows.shape[1], 1).to(d)
-        return rows + d.to(rows)
-
-    return _edit(pipe, prompts, seeds, hookpoint, signal, branch, add, sampling)
+    size = coordinates.scale.to(u) * u.shape[-1] ** 0.5  # RMS norm of centred tokens
+    return at_every_step(strength * size[:, None] * unit(u), steps, num_inference_steps)
 
 
 def scaling(
-    codes: torch.Tensor, u, predictors: Predictors, steps, num_inference_steps: int, factor: float
+    codes: torch.Tensor, u, coordinates: Coordinates, steps, num_inference_steps: int, factor: float
 ) -> torch.Tensor:
-    """What multiplies a feature that images already have: factor 0 removes it, 1 leaves it, 2 doubles it.
+    """What multiplies a feature that images already have: factor 0 removes it, 2 doubles it.
 
     Second of two passes with the same seeds; the first recorded the images and gave `codes`.
 
@@ -177,42 +103,182 @@ def scaling(
     -------
     Float[Tensor, "step image token channel"], raw units, for `steer`.
     """
-    raw = _at_every_step(predictors.scale[:, None].to(u) * u, steps, num_inference_steps).to(
-        codes.device
-    )
-    return (factor - 1) * codes[None, :, :, None] * raw[:, None, None, :]
+    raw = at_every_step(coordinates.scale[:, None].to(u) * u, steps, num_inference_steps)
+    return (factor - 1) * codes[None, :, :, None] * raw.to(codes.device)[:, None, None, :]
+
+
+# --- images -------------------------------------------------------------------------------------
+
+
+def steer(pipe, prompts, seeds, tap, delta: torch.Tensor, *, mask=None, **settings) -> np.ndarray:
+    """Generate images while adding `delta` to what a tap hears.
+
+    Parameters
+    ----------
+    delta : Float[Tensor, "step channel"] or Float[Tensor, "step image token channel"]
+        What to add at each of the num_inference_steps, raw units; see `addition` and `scaling`.
+        A length of 1 serves all images or tokens.
+    mask : Float[Tensor, "token"] or Float[Tensor, "image token"], optional
+        Weight per token, 0 to 1.
+    settings : window, branch, batch_size, and arguments of the pipeline; see `edit`
+
+    Returns
+    -------
+    images : float32, (image, height, width, 3), in [0, 1]
+    """
+    delta = delta[:, None, None] if delta.ndim == 2 else delta
+    _check_steps("delta", delta, settings)
+    delta, weights = delta.expand(-1, len(prompts), -1, -1), _Weights(mask, len(prompts))
+
+    def add(rows, step, images):
+        _check_shape("delta", delta[step], rows)
+        return rows + weights.times(delta[step, images], rows, images).to(rows)
+
+    return edit(pipe, prompts, seeds, tap, add, **settings)
+
+
+def project_out(
+    pipe, prompts, seeds, tap, direction, centre, *, amount=1.0, mask=None, **settings
+) -> np.ndarray:
+    """Generate images while taking a direction's component, seen from `centre`, out of a tap.
+
+    Parameters
+    ----------
+    direction, centre : Float[Tensor, "step channel"]
+        At each of the num_inference_steps, raw units; directions of any length.
+    amount : float
+        1 leaves every token where `centre` is along the direction; 2 takes it as far beyond as it
+        was before, to the mirror image.
+    mask, settings : as for `steer`
+
+    Returns
+    -------
+    images : float32, (image, height, width, 3), in [0, 1]
+    """
+    _check_steps("direction", direction, settings)
+    _check_steps("centre", centre, settings)
+    v, weights = torch.nn.functional.normalize(direction, dim=-1), _Weights(mask, len(prompts))
+
+    def project(rows, step, images):
+        _check_shape("direction", v[step], rows)
+        along = v[step].to(rows)
+        component = ((rows - centre[step].to(rows)) @ along)[..., None] * along
+        return rows - weights.times(amount * component, rows, images).to(rows)
+
+    return edit(pipe, prompts, seeds, tap, project, **settings)
 
 
 def replace(
-    pipe,
-    prompts,
-    seeds,
-    hookpoint: str,
-    replacement: torch.Tensor,
-    steps,
-    *,
-    between: bool = False,
-    branch: str = "conditional",
-    signal: str = "output",
-    **sampling,
+    pipe, prompts, seeds, tap, replacement, steps, *, between=False, **settings
 ) -> np.ndarray:
-    """Generate images with one branch's activations replaced by given ones.
+    """Generate images with a tap's activations replaced by given ones.
 
     Parameters
     ----------
     replacement : Float[Tensor, "image step token channel"]
         Raw units, one entry per kept step, in the order of `steps`.
     between : bool
-        Whether to replace at every denoising step, by linear interpolation between kept ones, or at the kept ones alone.
+        Whether to replace at every denoising step, by linear interpolation between the kept ones,
+        or at the kept ones alone.
+    settings : as for `steer`
+
+    Returns
+    -------
+    images : float32, (image, height, width, 3), in [0, 1]
     """
-    at_kept = dict(zip(steps, replacement.transpose(0, 1)))  # step -> (image, token, channel)
-    every = (
-        _at_every_step(replacement.transpose(0, 1), steps, sampling["num_inference_steps"])
-        if between
-        else at_kept
-    )
+    values = replacement.transpose(0, 1)  # (step, image, token, channel)
+    if between:
+        values = at_every_step(values, steps, settings["num_inference_steps"])
+        steps = range(len(values))
+    of_step = dict(zip(steps, values))
 
-    def put(rows, call):
-        return every[call.step] if between or call.step in at_kept else None
+    def put(rows, step, images):
+        return of_step[step][images] if step in of_step else None
 
-    return _edit(pipe, prompts, seeds, hookpoint, signal, branch, put, sampling)
+    return edit(pipe, prompts, seeds, tap, put, **settings)
+
+
+def edit(
+    pipe, prompts, seeds, tap, change, *, window=None, branch=None, batch_size=None, **sampling
+) -> np.ndarray:
+    """Generate images while `change` edits what a tap hears.
+
+    Parameters
+    ----------
+    tap : Tap, or the name of a module
+    change : function
+        Takes the rows of one branch, Float[Tensor, "image token channel"], the denoising step, and
+        which of the images they are (a slice). Returns new rows, or None to leave them.
+    window : (first, last) denoising step, both included; None for all
+    branch : 'conditional', 'unconditional' or 'both' of classifier-free guidance; None: the tap's
+    batch_size : images made at once; None for all
+    sampling : arguments of the pipeline's call; see `helpers.pipelines.generate.generate`
+
+    Returns
+    -------
+    images : float32, (image, height, width, 3), in [0, 1]
+    """
+    tap, n = Tap.of(tap), len(prompts)
+    branch = one_of("branch", branch or tap.branch, (*BRANCHES, "both"))
+    edited = BRANCHES if branch == "both" else (branch,)
+    n_steps = sampling["num_inference_steps"]
+    first, last = check_window((0, n_steps - 1) if window is None else window, n_steps)
+    batches = [slice(i, i + (batch_size or n)) for i in range(0, n, batch_size or n)]
+    made, run = [], set()
+    for images in batches:
+
+        def on_call(tokens, call, images=images):
+            run.update(call.branches)
+            if not first <= call.step <= last:
+                return None
+            rows = dict(zip(call.branches, tokens.chunk(len(call.branches))))
+            new = {name: change(rows[name], call.step, images) for name in edited if name in rows}
+            if all(value is None for value in new.values()):
+                return None
+            kept = {name: value.to(tokens) for name, value in new.items() if value is not None}
+            return torch.cat([kept.get(name, value) for name, value in rows.items()])
+
+        n_images = len(prompts[images])
+        with listen(denoiser_of(pipe), pipe.scheduler, tap, on_call, n_images=n_images):
+            made.append(generate(pipe, prompts[images], seeds[images], **sampling))
+        if not run:
+            refuse("hookpoint", tap.hookpoint, "a module that the model calls as it samples")
+        if not run & set(edited):
+            refuse("branch", branch, f"{' or '.join(sorted(run))}, which this pipeline runs")
+    return np.concatenate(made)
+
+
+def check_window(window, num_inference_steps: int) -> tuple[int, int]:
+    """First and last step (included) of a window; ValueError outside 0..num_inference_steps-1."""
+    steps = list(window) if isinstance(window, (list, tuple, np.ndarray)) else [window]
+    inside = all(s in range(num_inference_steps) for s in steps)
+    if len(steps) != 2 or not inside or steps[0] > steps[1]:
+        last = num_inference_steps - 1
+        refuse("windows", window, f"pairs of first and last step, each from 0 to {last}")
+    return int(steps[0]), int(steps[1])
+
+
+class _Weights:
+    """Weights per token of each image, or of all; None where everything counts fully."""
+
+    def __init__(self, mask: torch.Tensor | None, n_images: int):
+        self.mask = mask
+        if mask is not None:
+            self.mask = mask.reshape(-1, mask.shape[-1], 1).expand(n_images, -1, -1)
+
+    def times(self, values: torch.Tensor, rows: torch.Tensor, images: slice) -> torch.Tensor:
+        if self.mask is None:
+            return values
+        if self.mask.shape[1] != rows.shape[1]:
+            refuse("mask", tuple(self.mask.shape[:2]), f"weights of {rows.shape[1]} tokens")
+        return values * self.mask[images].to(values)
+
+
+def _check_steps(name: str, values: torch.Tensor, settings: dict) -> None:
+    if len(values) != settings["num_inference_steps"]:
+        refuse(name, tuple(values.shape), f"given for {settings['num_inference_steps']} steps")
+
+
+def _check_shape(name: str, values: torch.Tensor, rows: torch.Tensor) -> None:
+    if values.shape[-1] != rows.shape[-1]:
+        refuse(name, tuple(values.shape), f"of {rows.shape[-1]} channels, as the hookpoint's are")

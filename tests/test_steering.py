@@ -5,7 +5,9 @@ from conftest import GRID, SAMPLING, TOKENS, TUPLE, built, hooks_on, some_predic
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helpers import steering, trajectories
+from helpers import coordinates, steering, trajectories
+from helpers.hooks import Tap
+from helpers.pipelines.generate import generate
 
 N, CHANNELS, N_TOKENS = SAMPLING["num_inference_steps"], 32, 16
 SEEDS = [3, 4]
@@ -13,20 +15,24 @@ SEEDS = [3, 4]
 
 @pytest.fixture
 def steer(pipe, prompts):
-    def run(delta, hookpoint=TOKENS, **changes):
-        return steering.steer(pipe, prompts[:2], SEEDS, hookpoint, delta, **SAMPLING | changes)
+    def run(delta, tap=TOKENS, **changes):
+        return steering.steer(pipe, prompts[:2], SEEDS, tap, delta, **SAMPLING | changes)
 
     return run
 
 
 @pytest.fixture(scope="module")
 def plain(pipe, prompts):
-    return trajectories.generate(pipe, prompts[:2], SEEDS, **SAMPLING)
+    return generate(pipe, prompts[:2], SEEDS, **SAMPLING)
 
 
 @pytest.fixture
 def delta():
     return 3 * torch.randn(N, CHANNELS, generator=torch.Generator().manual_seed(0))
+
+
+def residual(n_steps=3, d=4, seed=0):
+    return coordinates.residual(some_predictors(n_steps, d, seed))
 
 
 # --- directions ---------------------------------------------------------------------------------
@@ -41,29 +47,42 @@ def test_a_unit_trajectory_has_rms_norm_one_and_keeps_its_profile(seed, size):
 
 
 def test_a_direction_of_zeros_is_refused():
-    with pytest.raises(ValueError, match="zero at every step"):
+    with pytest.raises(ValueError, match="direction is 0"):
         steering.unit(torch.zeros(3, 4))
 
 
-def test_a_random_control_has_the_same_norm_at_every_step():
+@pytest.mark.parametrize("through", [None, residual(5, 8)])
+def test_a_random_control_has_the_same_norm_at_every_step(through):
     u = torch.randn(5, 8) * torch.tensor([0.0, 1, 2, 3, 4])[:, None]
-    control = steering.random_like(u, 0)
+    control = steering.random_like(u, 0, through)
     torch.testing.assert_close(control.norm(dim=1), u.norm(dim=1))
-    assert torch.equal(control, steering.random_like(u, 0))
-    assert not torch.equal(control, steering.random_like(u, 1))
+    assert torch.equal(control, steering.random_like(u, 0, through))
+    assert not torch.equal(control, steering.random_like(u, 1, through))
     assert abs(torch.nn.functional.cosine_similarity(control[1:], u[1:])).max() < 0.99
 
 
-@given(seed=st.integers(0, 1000))
-def test_what_each_step_adds_is_rho_times_the_decoder_row(seed):
-    p = some_predictors(seed=seed)
-    w = torch.randn(1, 12, generator=torch.Generator().manual_seed(seed))
-    new = steering.only_new(p.feature_trajectories(w)[0], p)
-    torch.testing.assert_close(new, p.rho[:, None] * w.view(3, 4), rtol=1e-4, atol=1e-4)
+def test_a_random_control_through_the_recurrence_persists():
+    through = residual(2, 500)
+    through.A[1], through.D_inverse[1] = torch.eye(500), 1.0
+    u = torch.ones(2, 500)
+    cosine = torch.nn.functional.cosine_similarity(*steering.random_like(u, 0, through), dim=0)
+    assert cosine == pytest.approx(0.5**0.5, abs=0.1)  # of w[0] with w[0] + w[1]
+    cosine = torch.nn.functional.cosine_similarity(*steering.random_like(u, 0), dim=0)
+    assert cosine == pytest.approx(0, abs=0.15)
+
+
+@pytest.mark.parametrize("two_lags", [False, True])
+def test_what_each_step_adds_is_rho_times_the_decoder_row(two_lags):
+    p = some_predictors(4)
+    B = 0.3 * torch.randn(4, 4, 4) if two_lags else None
+    through = coordinates.Coordinates(p.mu, p.scale, p.A, p.b, p.rho, B)
+    w = torch.randn(16)
+    new = steering.only_new(through.feature_trajectories(w), through)
+    torch.testing.assert_close(new, p.rho[:, None] * w.view(4, 4), rtol=1e-4, atol=1e-5)
 
 
 def test_an_addition_worked_by_hand():
-    p = some_predictors(2, 4)
+    p = residual(2, 4)
     p.scale = torch.tensor([2.0, 6.0])
     u = torch.tensor([[3.0, 0, 0, 0], [0, 4.0, 0, 0]])  # RMS norm over steps √((9 + 16) / 2)
     added = steering.addition(u, p, [1, 3], 5, strength=0.5)
@@ -76,7 +95,7 @@ def test_an_addition_worked_by_hand():
 
 @pytest.mark.parametrize("factor, times", [(0, -1), (1, 0), (2, 1), (0.5, -0.5)])
 def test_scaling_adds_a_multiple_of_what_the_image_has(factor, times):
-    p = some_predictors(3, 4)
+    p = residual(3, 4)
     u = torch.randn(3, 4)
     codes = torch.tensor([[0.0, 2.0], [1.0, 0.5]])
     change = steering.scaling(codes, u, p, [0, 1, 2], 3, factor)
@@ -91,9 +110,7 @@ def test_scaling_adds_a_multiple_of_what_the_image_has(factor, times):
     "window", [(-1, 2), (2, 1), (0, 4), (4, 4), [0], [0, 1, 2], 5, [0, 1.5], "01", []]
 )
 def test_a_window_outside_the_steps_is_refused(window):
-    with pytest.raises(
-        ValueError, match="windows holds .*; each is two steps, first and last, from 0 to 3"
-    ):
+    with pytest.raises(ValueError, match="windows is .* from 0 to 3"):
         steering.check_window(window, 4)
 
 
@@ -103,24 +120,22 @@ def test_a_window_inside_the_steps_is_taken():
 
 # --- steering images ----------------------------------------------------------------------------
 
-HOOKPOINTS = pytest.mark.parametrize("hookpoint", [TOKENS, TUPLE, GRID])
+HOOKPOINTS = pytest.mark.parametrize("tap", [Tap(TOKENS), Tap(TUPLE), Tap(GRID)])
 
 
 @HOOKPOINTS
-def test_steering_by_nothing_gives_the_same_image_bit_for_bit(steer, plain, hookpoint):
-    assert np.array_equal(steer(torch.zeros(N, CHANNELS), hookpoint), plain)
-    assert np.array_equal(steer(torch.zeros(N, 2, N_TOKENS, CHANNELS), hookpoint), plain)
+def test_adding_nothing_goes_through_the_edit_and_changes_nothing(steer, plain, delta, tap):
+    nothing = torch.zeros(N, CHANNELS)
+    assert np.array_equal(steer(nothing, tap), plain)
+    assert np.array_equal(steer(delta, tap, mask=torch.zeros(2, N_TOKENS)), plain)
+    np.testing.assert_allclose(steer(nothing + 1e-12, tap), plain, atol=1e-6)
+    with pytest.raises(ValueError, match="delta is .*33.*32 channels"):  # so the edit was reached
+        steer(torch.zeros(N, CHANNELS + 1), tap)
 
 
 @HOOKPOINTS
-def test_a_mask_of_zeros_gives_the_same_image_bit_for_bit(steer, plain, delta, hookpoint):
-    assert np.array_equal(steer(delta, hookpoint, mask=torch.zeros(N_TOKENS)), plain)
-    assert np.array_equal(steer(delta, hookpoint, mask=torch.zeros(2, N_TOKENS)), plain)
-
-
-@HOOKPOINTS
-def test_steering_changes_images(steer, plain, delta, hookpoint):
-    changed = steer(delta, hookpoint)
+def test_steering_changes_images(steer, plain, delta, tap):
+    changed = steer(delta, tap)
     assert changed.shape == plain.shape and changed.dtype == np.float32
     assert all(abs(a - b).max() > 1e-3 for a, b in zip(changed, plain))
 
@@ -136,13 +151,23 @@ def test_a_delta_for_every_image_and_token_equals_the_same_one_for_all(steer, de
     assert np.array_equal(steer(per_token), steer(delta))
 
 
-def test_the_same_steering_gives_the_same_image(steer, delta):
-    assert np.array_equal(steer(delta), steer(delta))
+def test_batches_join_to_the_same_images(pipe, prompts, delta):
+    mask = torch.rand(5, N_TOKENS, generator=torch.Generator().manual_seed(1))
+    per_image = delta[:, None, None] * torch.arange(1.0, 6)[:, None, None]
+    seeds = list(range(5))
+    for change in (delta, per_image):
+        made = [
+            steering.steer(
+                pipe, prompts, seeds, TOKENS, change, mask=mask, batch_size=b, **SAMPLING
+            )
+            for b in (None, 2)
+        ]
+        np.testing.assert_allclose(*made, atol=1e-5)
 
 
 @pytest.fixture
 def overheard(pipe):
-    """Inputs of the U-Net, (step, row, channel, height, width), and its outputs, while `run()` goes on."""
+    """Inputs and outputs of the U-Net during `run()`, (step, row, channel, height, width)."""
 
     def listen(run):
         samples, outputs = [], []
@@ -197,37 +222,33 @@ def test_only_the_chosen_branch_is_steered(steer, overheard, delta, branch, rows
     assert [not torch.equal(a, b) for a, b in zip(before[0], after[0])] == rows
 
 
-def test_without_guidance_there_is_only_the_conditional_branch(steer, delta, pipe, prompts):
-    plain = trajectories.generate(pipe, prompts[:2], SEEDS, **SAMPLING | {"guidance_scale": 1.0})
+def test_without_guidance_there_is_only_the_conditional_branch(steer, delta, plain):
     images = {b: steer(delta, branch=b, guidance_scale=1.0) for b in ("conditional", "both")}
-    assert np.array_equal(images["conditional"], images["both"]) and not np.array_equal(
-        images["both"], plain
-    )
-    with pytest.raises(
-        ValueError,
-        match="branch 'unconditional' is not run by this pipeline.*nothing was edited; valid is conditional",
-    ):
+    assert np.array_equal(images["conditional"], images["both"])
+    assert not np.array_equal(images["both"], plain)
+    with pytest.raises(ValueError, match="branch is 'unconditional'.*be conditional"):
         steer(delta, branch="unconditional", guidance_scale=1.0)
 
 
+def test_the_branch_is_the_taps_own_unless_another_is_given(steer, delta):
+    tap = Tap(TOKENS, branch="unconditional")
+    own = steer(delta, branch="unconditional")
+    assert np.array_equal(steer(delta, tap), own)
+    assert not np.array_equal(steer(delta, tap, branch="conditional"), own)
+
+
 def test_a_hookpoint_that_is_never_called_cannot_be_steered(steer, delta):
-    with pytest.raises(
-        ValueError, match="hookpoint 'mid_block.attentions' was never called, so nothing was edited"
-    ):
+    with pytest.raises(ValueError, match="hookpoint is 'mid_block.attentions'"):
         steer(delta, "mid_block.attentions")
 
 
 def test_directions_stay_on_their_device(monkeypatch):
-    monkeypatch.setattr(
-        steering, "unit", lambda u: u
-    )  # it looks at values, which device 'meta' has none of
-    p, u = some_predictors(2, 4), torch.ones(2, 4, device="meta")
+    monkeypatch.setattr(steering, "unit", lambda u: u)  # it reads values, and 'meta' has none
+    p, u = residual(2, 4), torch.ones(2, 4, device="meta")
+    codes = torch.ones(1, 2, device="meta")
     assert steering.random_like(u, 0).device == u.device
     assert steering.addition(u, p, [1, 3], 5, strength=0.5).device == u.device
-    assert (
-        steering.scaling(torch.ones(1, 2, device="meta"), u, p, [1, 3], 5, factor=2).device
-        == u.device
-    )
+    assert steering.scaling(codes, u, p, [1, 3], 5, factor=2).device == u.device
 
 
 def test_a_masked_token_is_steered_at_its_upright_place(steer, overheard):
@@ -235,7 +256,7 @@ def test_a_masked_token_is_steered_at_its_upright_place(steer, overheard):
     mask = torch.zeros(8, 16)
     mask[row, column] = 0.5
     change = torch.ones(N, 4)
-    sides = {"height": 16, "width": 32, "hookpoint": "conv_out"}
+    sides = {"height": 16, "width": 32, "tap": "conv_out"}
     _, before = overheard(lambda: steer(torch.zeros(N, 4), **sides))
     _, after = overheard(lambda: steer(change, mask=mask.flatten(), **sides))
     moved = after[0] - before[0]
@@ -249,15 +270,12 @@ def test_a_masked_token_is_steered_at_its_upright_place(steer, overheard):
 @pytest.mark.parametrize(
     "changes, named",
     [
-        (
-            {"branch": "both sides"},
-            "branch 'both sides' is not one of conditional, unconditional, both",
-        ),
-        ({"signal": "outputs"}, "signal 'outputs' is not one of output, input, update"),
-        ({"delta": torch.zeros(N + 1, CHANNELS)}, "delta has 4 steps; num_inference_steps=3"),
-        ({"window": (0, 3)}, r"windows holds \[0, 3\].*0 to 2"),
-        ({"mask": torch.ones(9)}, "mask covers 9 tokens.*16"),
-        ({"hookpoint": "nowhere"}, "hookpoint 'nowhere'"),
+        ({"branch": "both sides"}, "branch is 'both sides'.*'both'"),
+        ({"tap": Tap(TOKENS, "outputs")}, "signal is 'outputs'"),
+        ({"delta": torch.zeros(N + 1, CHANNELS)}, "delta is .*3 steps"),
+        ({"window": (0, 3)}, r"windows is \(0, 3\).* 0 to 2"),
+        ({"mask": torch.ones(9)}, "mask is .*16 tokens"),
+        ({"tap": "nowhere"}, "hookpoint is 'nowhere'"),
     ],
 )
 def test_what_cannot_be_steered_is_named_and_leaves_no_hook(pipe, steer, delta, changes, named):
@@ -266,18 +284,48 @@ def test_what_cannot_be_steered_is_named_and_leaves_no_hook(pipe, steer, delta, 
     assert hooks_on(pipe.unet) == 0
 
 
-@HOOKPOINTS
-def test_replacing_activations_by_themselves_changes_nothing(pipe, prompts, plain, hookpoint):
-    steps = [0, 2]
-    _, h, _ = trajectories.record(
-        pipe, prompts[:2], SEEDS, hookpoint=hookpoint, steps=steps, **SAMPLING
+# --- projecting out -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("amount, left", [(0, 1), (1, 0), (2, -1), (0.5, 0.5)])
+def test_a_projection_worked_by_hand(pipe, prompts, overheard, amount, left):
+    v, centre = torch.tensor([3.0, 4.0, 0, 0]), torch.tensor([0.5, 0.25, 7, 8])
+    _, before = overheard(lambda: generate(pipe, prompts[:2], SEEDS, **SAMPLING))
+    _, after = overheard(
+        lambda: steering.project_out(
+            *(pipe, prompts[:2], SEEDS, "conv_out", v.repeat(N, 1), centre.repeat(N, 1)),
+            amount=amount,
+            **SAMPLING,
+        )
     )
-    same = steering.replace(pipe, prompts[:2], SEEDS, hookpoint, h, steps, **SAMPLING)
+    before, after = before[0, 2:].flatten(2), after[0, 2:].flatten(2)  # conditional, first step
+    component = 0.6 * (before[:, 0] - 0.5) + 0.8 * (before[:, 1] - 0.25)
+    moved = (left - 1) * component[:, None] * torch.tensor([0.6, 0.8, 0, 0])[:, None]
+    torch.testing.assert_close(after - before, moved, atol=1e-5, rtol=1e-4)
+
+
+def test_a_projection_heeds_its_mask(pipe, prompts, plain):
+    v, centre = torch.randn(N, CHANNELS), torch.zeros(N, CHANNELS)
+    mask = torch.stack([torch.zeros(N_TOKENS), torch.ones(N_TOKENS)])
+    images = steering.project_out(
+        pipe, prompts[:2], SEEDS, TOKENS, v, centre, amount=20.0, mask=mask, **SAMPLING
+    )
+    assert np.array_equal(images[0], plain[0]) and not np.array_equal(images[1], plain[1])
+
+
+# --- replacing ----------------------------------------------------------------------------------
+
+
+@HOOKPOINTS
+def test_replacing_activations_by_themselves_changes_nothing(pipe, prompts, plain, tap):
+    steps, where = [0, 2], (pipe, prompts[:2], SEEDS, tap)
+    _, h, _ = trajectories.record(*where, steps, **SAMPLING)
+    same = steering.replace(*where, h, steps, **SAMPLING)
     np.testing.assert_allclose(same, plain, atol=1e-5)
-    assert not np.allclose(
-        steering.replace(pipe, prompts[:2], SEEDS, hookpoint, h + 1, steps, **SAMPLING),
-        plain,
-        atol=1e-3,
+    other = steering.replace(*where, h + 1, steps, **SAMPLING)
+    assert not np.allclose(other, plain, atol=1e-3)
+    np.testing.assert_allclose(
+        steering.replace(*where, h + 1, steps, batch_size=1, **SAMPLING), other, atol=1e-5
     )
 
 
@@ -308,25 +356,25 @@ FAMILIES = {
 }
 
 
-@pytest.mark.parametrize("branch", ["conditional", "unconditional"])
-@pytest.mark.parametrize("signal", ["output", "input", "update"])
-@pytest.mark.parametrize("model", FAMILIES)
+@pytest.mark.parametrize(
+    "model, signal, branch",
+    [
+        *(("sd1", signal, "conditional") for signal in ("output", "input", "update")),
+        *((model, "output", "unconditional") for model in FAMILIES),
+        *((model, "update", "conditional") for model in ("sd3", "flux")),
+        ("dit", "input", "conditional"),
+    ],
+)
 def test_adding_at_one_step_is_replacing_by_the_sum(model, signal, branch):
     hookpoint, texts, options = FAMILIES[model]
-    pipe, where, sampling = built(model), {"signal": signal, "branch": branch}, SAMPLING | options
-    _, h, _ = trajectories.record(
-        pipe, texts, SEEDS, hookpoint=hookpoint, steps=[1], **where, **sampling
+    where, sampling = (
+        (built(model), texts, SEEDS, Tap(hookpoint, signal, branch)),
+        SAMPLING | options,
     )
+    images, h, _ = trajectories.record(*where, [1], **sampling)
     change = torch.randn(N, h.shape[-1], generator=torch.Generator().manual_seed(1))
     mask = torch.linspace(0, 1, h.shape[2])
-    added = steering.steer(
-        pipe, texts, SEEDS, hookpoint, change, window=(1, 1), mask=mask, **where, **sampling
-    )
-    replaced = steering.replace(
-        pipe, texts, SEEDS, hookpoint, h + mask[:, None] * change[1], [1], **where, **sampling
-    )
+    added = steering.steer(*where, change, window=(1, 1), mask=mask, **sampling)
+    replaced = steering.replace(*where, h + mask[:, None] * change[1], [1], **sampling)
     np.testing.assert_allclose(added, replaced, atol=1e-4)
-    plain = trajectories.generate(pipe, texts, SEEDS, **sampling)
-    assert np.abs(added - plain).max() > 1e-3
-    same = steering.replace(pipe, texts, SEEDS, hookpoint, h, [1], **where, **sampling)
-    np.testing.assert_allclose(same, plain, atol=1e-4)
+    assert np.abs(added - images).max() > 1e-3
