@@ -1,4 +1,5 @@
 import subprocess
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import matplotlib.figure
@@ -6,10 +7,13 @@ import nbformat
 import numpy as np
 import pytest
 import torch
+from conftest import some_predictors
 
-from helpers import files
+from helpers import coordinates, files
+from helpers.dictionary import untrained
 from helpers.run import folder, parameters
 from helpers.run.folder import Run
+from helpers.training.loop import TrainConfig
 
 CELL = 'run: str = "demo"\nk: int = 20\ndevice: str = "auto"\ndtype: str = "auto"\nseed: int = 0'
 
@@ -95,42 +99,24 @@ def test_a_figure_knows_the_run_that_made_it(project):
 # --- each file held against what it was made from ---
 
 
-class Tensors(dict):
-    """Stands for predictors and dictionaries: tensors and a record in one file."""
-
-    @classmethod
-    def load(cls, path, predictors=None):
-        tensors, record = files.load_tensors(path)
-        return cls(tensors), record
-
-    def to(self, device):
-        return self
-
-
 @pytest.fixture
-def written(project, monkeypatch):
+def written(project):
     """A run with every file that notebooks hand on, as `write(what)` writes it anew."""
-    import helpers.dictionary
+    config = TrainConfig(n_latents=8, k=2, n_updates=3)
 
-    import helpers.predictors
-
-    monkeypatch.setattr(helpers.predictors, "Predictors", Tensors)
-    monkeypatch.setattr(helpers.dictionary, "Dictionary", Tensors)
-    config = {"n_latents": 8, "k": 2, "n_updates": 3}
-
-    def write(what, value=0.0):
-        run = Run("03_train", namespace())
-        x = {"x": torch.tensor([value])}
+    def write(what, seed=0):
+        run, predictors = Run("03_train", namespace()), some_predictors(seed=seed)
         if what == "trajectories":
-            files.save_json(run.path(what), {"value": value})
+            files.save_json(run.path(what), {"seed": seed})
         elif what == "predictors":
-            files.save_tensors(run.path(what), x, run.made_from("trajectories"))
-        elif what == "sae":
-            files.save_tensors(run.path(what), x, run.made_from("predictors") | {"config": config})
+            predictors.save(run.path(what), run.made_from("trajectories"))
         elif what == "latents":
             files.save_json(run.path(what), run.made_from("dictionary"))
         else:
-            files.save_tensors(run.path(what), x, run.made_from("dictionary"))
+            of_predictors = run.made_from("predictors") | {"config": asdict(config)}
+            record = of_predictors if what == "sae" else run.made_from("dictionary")
+            made = untrained(coordinates.raw(predictors), n_latents=8, k=2, seed=seed, name=what)
+            made.save(run.path(what), record)
 
     for what in ("trajectories", "predictors", "sae", "raw concat", "latents"):
         write(what)
@@ -140,10 +126,10 @@ def written(project, monkeypatch):
 def test_what_was_made_from_one_another_is_read(written):
     run = written.run()
     assert run.path("raw concat") == run.folder / "baselines" / "raw_concat.safetensors"
-    for found in (run.predictors, run.dictionary, run.baseline("raw concat")):
-        assert isinstance(found, Tensors)
+    assert (run.dictionary.name, run.baseline("raw concat").name) == ("sae", "raw concat")
+    assert torch.equal(run.predictors.A, some_predictors().A)
     assert run.dictionary is run.dictionary and run.predictors is run.predictors
-    assert (run.config.n_latents, run.config.k, run.config.n_updates) == (8, 2, 3)
+    assert run.config == TrainConfig(n_latents=8, k=2, n_updates=3)
     assert set(run.latents) == {"predictors", "sae"}
 
 
@@ -151,7 +137,6 @@ def test_what_was_made_from_one_another_is_read(written):
     "changed, read, notebook",
     [
         ("trajectories", lambda run: run.predictors, "02"),
-        ("trajectories", lambda run: run.dictionary, "02"),
         ("predictors", lambda run: run.dictionary, "03"),
         ("predictors", lambda run: run.baseline("raw concat"), "04"),
         ("sae", lambda run: run.baseline("raw concat"), "04"),
@@ -159,7 +144,7 @@ def test_what_was_made_from_one_another_is_read(written):
     ],
 )
 def test_what_was_made_from_another_version_is_refused(written, changed, read, notebook):
-    written.write(changed, value=1.0)
+    written.write(changed, seed=1)
     with pytest.raises(ValueError, match=f"has changed.*run {notebook}_\\w+ again"):
         read(written.run())
 

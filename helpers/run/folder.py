@@ -18,8 +18,16 @@ from pathlib import Path
 import torch
 
 from helpers.checks import choose_device, choose_dtype, refuse
+from helpers.demo.truth import Scenes
+from helpers.dictionary import Dictionary
 from helpers.files import digest, load_json, load_tensors, save_json
+from helpers.measure.words import Words
+from helpers.pipelines.loading import load_pipeline
+from helpers.plots.style import save_figure
+from helpers.predictors import Predictors
 from helpers.run import parameters as _parameters
+from helpers.store.read import Store
+from helpers.training.loop import TrainConfig
 
 DEMO_MODEL = Path(__file__).resolve().parents[1] / "demo" / "weights"  # trained by notebook 00
 FILES = {  # what a run hands on: its file, and the notebook that writes it
@@ -89,38 +97,32 @@ class Run:
         return {name: fingerprint(self.path(name)) for name in names}
 
     @cached_property
-    def store(self):
+    def store(self) -> Store:
         """The trajectories of notebook 01."""
-        from helpers.store.read import Store
-
         return Store(self.path("trajectories").parent)
 
     @cached_property
-    def predictors(self):
+    def predictors(self) -> Predictors:
         """The predictors of notebook 02, on the run's device."""
-        from helpers.predictors import Predictors
-
         found, record = Predictors.load(self.path("predictors"))
         self._hold(record, "trajectories", FILES["predictors"][1])
         return found.to(self.device)
 
     @cached_property
-    def _trained(self):
+    def _trained(self) -> tuple[Dictionary, dict]:
         return self._dictionary(self.path("sae"), FILES["sae"][1], "predictors")
 
     @property
-    def dictionary(self):
+    def dictionary(self) -> Dictionary:
         """The dictionary of notebook 03, on the run's device."""
         return self._trained[0]
 
     @property
-    def config(self):
+    def config(self) -> TrainConfig:
         """The training configuration of notebook 03."""
-        from helpers.training.loop import TrainConfig
-
         return TrainConfig(**self._trained[1]["config"])
 
-    def baseline(self, name: str):
+    def baseline(self, name: str) -> Dictionary:
         """A dictionary that notebook 04 made beside that of 03, such as "raw concat"."""
         return self._dictionary(self.path(name), BASELINES, "predictors", "sae")[0]
 
@@ -132,11 +134,8 @@ class Run:
         return found
 
     @cached_property
-    def truth(self):
+    def truth(self) -> Scenes | Words:
         """Who says what is in an image: the demo world about its own, else the prompts' words."""
-        from helpers.demo.truth import Scenes
-        from helpers.measure.words import Words
-
         shape = self.store.images("test", [0]).shape[1:]
         return Scenes() if Scenes.describes(self.store.manifest["prompts"], shape) else Words()
 
@@ -146,10 +145,8 @@ class Run:
         p = self.parameters
         return load_model(about["model"], p["device"], p["dtype"], about["revision"])
 
-    def _dictionary(self, path: Path, notebook: str, *made_from: str):
-        from helpers.dictionary import Dictionary
-
-        found, record = Dictionary.load(path, self.predictors)
+    def _dictionary(self, path: Path, notebook: str, *made_from: str) -> tuple[Dictionary, dict]:
+        found, record = Dictionary.load(path)
         for what in made_from:
             self._hold(record, what, notebook)
         return found.to(self.device), record
@@ -168,8 +165,6 @@ class Run:
 
     def save(self, fig, name: str, **about) -> None:
         """Save a figure as PDF and PNG in figures/<run>/; its metadata name notebook and commit."""
-        from helpers.plots.style import save_figure
-
         about |= {"notebook": self.notebook, "run": self.name, "seed": self.parameters["seed"]}
         save_figure(fig, self.figures, name, commit=commit(), **about)
 
@@ -206,8 +201,6 @@ def figures_folder(run: str) -> Path:
 
 def load_model(model: str, device: str = "auto", dtype: str = "auto", revision: str = ""):
     """A diffusers pipeline: 'demo' is the shipped model, all else as `load_pipeline` takes it."""
-    from helpers.pipelines.loading import load_pipeline
-
     return load_pipeline(str(DEMO_MODEL) if model == "demo" else model, device, dtype, revision)
 
 

@@ -18,7 +18,7 @@ NOTEBOOKS = ROOT / "notebooks"
 AT_LEAST_ONE = (
     *("n_train", "n_validation", "n_test", "num_inference_steps", "n_keep", "batch_size"),
     *("n_timings", "n_latents", "k", "n_updates", "sae_batch_size", "dead_after", "accumulate"),
-    *("n_updates_ablation", "ablate_k", "ablate_n_latents", "n_replaced", "n_shuffles"),
+    *("ablate_k", "ablate_n_latents", "n_replaced", "n_shuffles"),
     *("n_examples", "n_targets", "n_autoencoder_steps", "autoencoder_batch_size", "n_scenes"),
     *("n_denoiser_steps", "sampling_batch_size"),
 )
@@ -32,6 +32,7 @@ RULES = {  # parameter -> what refuses a bad value of it, or a bad entry if it i
     **dict.fromkeys(("ablate_n_keep", "n_steered"), partial(in_range, low=2)),
     **dict.fromkeys(("learning_rate", "strengths"), positive),
     "n_captions": partial(in_range, low=4, high=1200),
+    "block_exponent": partial(in_range, low=-4, high=4),
     "seed": partial(in_range, low=0, high=2**32 - 1),
     "signal": partial(one_of, valid=("output", "input", "update")),
     "branch": partial(one_of, valid=("conditional", "unconditional", "both")),
