@@ -1,0 +1,206 @@
+"""Coordinates in which a trajectory of activations is encoded, and the way back.
+
+    y[s] = (x[s] − x[s−1] A[s] − x[s−2] B[s] − b[s]) D[s]
+
+x[s] is the standardised activation at kept step s, a row of d channels. The map is affine and
+invertible: step after step, x[s] = x[s−1] A[s] + x[s−2] B[s] + b[s] + y[s] D[s]⁻¹. Without b the
+same recurrence turns a direction in y (a decoder row) into a trajectory of directions in x. So what
+a choice of A, B and D changes is the metric ‖y − ŷ‖² in which an SAE's loss counts an error:
+
+==============================  ============================  =================================
+coordinates                     A[s]                          D[s]
+==============================  ============================  =================================
+raw                             0                             I
+residual (arXiv:2605.27813)     a predictor's                 rho[s]^−a; a = 1 equalises steps
+whitened residual               a predictor's                 inverse root of r[s]'s covariance
+between raw and residual        shrunk, see `between`         a root, see `between`
+==============================  ============================  =================================
+
+The residual coordinates of `predictors.identity` are differences of neighbouring steps.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+
+from helpers.checks import in_range
+from helpers.moments import Moments
+from helpers.predictors import Predictors, residual_covariance
+
+
+class Coordinates(torch.nn.Module):
+    """An invertible affine map between standardised trajectories x and coordinates y.
+
+    Parameters
+    ----------
+    mu : Float[Tensor, "S d"]; scale : Float[Tensor, "S"]
+        Of `standardise`, as in `Predictors`.
+    A : Float[Tensor, "S d d"]; b : Float[Tensor, "S d"]
+        Prediction from the step before; A[0] is not used.
+    D_inverse : Float[Tensor, "S"] or Float[Tensor, "S d d"]
+        D[s]⁻¹, what a unit of y[s] is in x: a number or a matrix a step.
+    B : Float[Tensor, "S d d"], optional
+        Prediction from two steps before; B[0] and B[1] are not used.
+    """
+
+    def __init__(self, mu, scale, A, b, D_inverse, B=None):
+        super().__init__()
+        for name, value in (("mu", mu), ("scale", scale), ("A", A), ("B", B), ("b", b)):
+            self.register_buffer(name, value)
+        self.register_buffer("D_inverse", D_inverse)
+        # computed from the rounded D⁻¹, so that a saved one comes back to the same bits
+        inverse = torch.linalg.inv(D_inverse.double()) if D_inverse.ndim == 3 else 1 / D_inverse
+        self.register_buffer("D", inverse.to(D_inverse.dtype), persistent=False)
+        # lags that predict anything: raw coordinates need no products
+        self._used = [lag for lag, M in ((1, A), (2, B)) if M is not None and M[lag:].any()]
+
+    @property
+    def n_steps(self) -> int:
+        return self.mu.shape[0]
+
+    @property
+    def channels(self) -> int:
+        return self.mu.shape[1]
+
+    @property
+    def d_in(self) -> int:
+        """Width of y: S · d."""
+        return self.mu.numel()
+
+    # raw activations h <-> x, both (…, S, d)
+    standardise = Predictors.standardise
+    unstandardise = Predictors.unstandardise
+
+    def residualize(self, x: torch.Tensor) -> torch.Tensor:
+        """Standardised activations (…, S, d) -> coordinates y, (…, S·d)."""
+        predicted = self.b.to(x)
+        for lag, M in self._lags():
+            part = torch.einsum("...sd,sde->...se", x[..., :-lag, :], M[lag:].to(x))
+            predicted = predicted + torch.nn.functional.pad(part, (0, 0, lag, 0))
+        r = x - predicted
+        if self.D_inverse.ndim == 1:
+            return (r / self.D_inverse.to(x)[:, None]).flatten(-2)
+        return torch.einsum("...sd,sde->...se", r, self.D.to(x)).flatten(-2)
+
+    def restore(self, y: torch.Tensor) -> torch.Tensor:
+        """The inverse of `residualize`: (…, S·d) -> (…, S, d)."""
+        return self._recur(y, self.b)
+
+    def feature_trajectories(self, directions: torch.Tensor) -> torch.Tensor:
+        """Directions in y (…, S·d) -> trajectories of directions u in x, (…, S, d).
+
+        `scale[s] · u[s]` is in raw units; what is constant, b and mu, is no part of a direction.
+        """
+        return self._recur(directions, torch.zeros_like(self.b))
+
+    def _recur(self, y: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """x[s] = x[s−1] A[s] + x[s−2] B[s] + b[s] + y[s] D[s]⁻¹, step by step."""
+        y = y.unflatten(-1, (self.n_steps, self.channels))
+        if self.D_inverse.ndim == 1:
+            r = y * self.D_inverse.to(y)[:, None]
+        else:
+            r = torch.einsum("...sd,sde->...se", y, self.D_inverse.to(y))
+        x: list[torch.Tensor] = []
+        for s in range(self.n_steps):
+            predicted = b[s].to(y)
+            for lag, M in self._lags():
+                if lag <= s:
+                    predicted = x[s - lag] @ M[s].to(y) + predicted
+            x.append(predicted + r[..., s, :])
+        return torch.stack(x, dim=-2)
+
+    def _lags(self):
+        """(1, A) and (2, B), where they predict anything."""
+        return [(lag, M) for lag, M in ((1, self.A), (2, self.B)) if lag in self._used]
+
+    def gains(self) -> torch.Tensor:
+        """RMS size at step t of a unit error in block s, sent back: Float[Tensor, "S S"].
+
+        [s, t] is ‖D[s]⁻¹ A[s+1] … A[t]‖ (Frobenius) / √d: for an error in a random direction of
+        y[s], of RMS 1 per channel, the RMS per channel in x[t]. Zero for t < s.
+        """
+        rows = []
+        for s in range(self.n_steps):
+            unit = self.mu.new_zeros(self.channels, self.n_steps, self.channels)
+            unit[:, s] = torch.eye(self.channels).to(unit)
+            u = self.feature_trajectories(unit.flatten(1))
+            rows.append((u.pow(2).sum((0, 2)) / self.channels).sqrt())
+        return torch.stack(rows)
+
+    def digest(self) -> str:
+        """First 16 hex digits of the SHA-256 of everything that defines these coordinates."""
+        found = hashlib.sha256()
+        for name, value in self.state_dict().items():
+            found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            found.update(value.cpu().contiguous().numpy().tobytes())
+        return found.hexdigest()[:16]
+
+
+def raw(predictors: Predictors) -> Coordinates:
+    """Standardised activations, step after step: y = x."""
+    p, ones = predictors, torch.ones_like(predictors.rho)
+    return Coordinates(p.mu, p.scale, torch.zeros_like(p.A), torch.zeros_like(p.b), ones)
+
+
+def residual(predictors: Predictors, block_exponent: float = 1.0) -> Coordinates:
+    """What predictors leave over, y[s] = r[s] / rho[s]^a with a = `block_exponent`.
+
+    a = 1 gives every step the same weight in an SAE's loss, a = 0 leaves residuals as large as
+    they are. Predictors may be those of `predictors.fit`, `identity` or `mean_only`.
+    """
+    p = predictors
+    return Coordinates(p.mu, p.scale, p.A, p.b, p.rho**block_exponent)
+
+
+def whitened(predictors: Predictors, moments: Moments, floor: float = 1e-4) -> Coordinates:
+    """Residuals with unit covariance at every step, over the trajectories of `moments`.
+
+    ‖y − ŷ‖² is then the Mahalanobis norm of a first-order Markov model of the trajectory. D[s] is
+    the symmetric inverse root; eigenvalues of the covariance below `floor` times their mean are
+    raised to it, so that directions in which nothing varies are not blown up.
+    """
+    p = predictors
+    covariance = residual_covariance(p, moments)
+    roots = torch.stack([_symmetric(C, floor)[0] for C in covariance])
+    return Coordinates(p.mu, p.scale, p.A, p.b, roots.to(p.mu))
+
+
+def between(predictors: Predictors, gamma: float, block_exponent: float = 0.0) -> Coordinates:
+    """Coordinates in which ‖y − ŷ‖² = (1−γ) ‖x − x̂‖² + γ Σ_s rho[s]^−2a ‖r[s] − r̂[s]‖².
+
+    γ = 0 is `raw`, γ = 1 is `residual` with the same block exponent a.
+
+    With w[s] = rho[s]^−2a, the matrix of this quadratic form is block tridiagonal,
+
+        M[s, s] = (1−γ + γ w[s]) I + γ w[s+1] A[s+1] A[s+1]ᵀ,    M[s−1, s] = −γ w[s] A[s]
+
+    and that of any first-order map y[s] = (x[s] − x[s−1] A'[s]) D'[s] is
+
+        [s, s]: P[s] + A'[s+1] P[s+1] A'[s+1]ᵀ,    [s−1, s]: −A'[s] P[s],    P[s] = D'[s] D'[s]ᵀ
+
+    Comparing them from the last step back (a block Cholesky factorisation in reverse order) gives
+    A'[s] = γ w[s] A[s] P[s]⁻¹ and P[s−1] = M[s−1, s−1] − A'[s] P[s] A'[s]ᵀ. D' is P's root.
+    """
+    in_range("gamma", gamma, 0, 1)
+    p = predictors
+    A = p.A.cpu().double()
+    w = p.rho.cpu().double() ** (-2 * block_exponent)
+    eye = torch.eye(A.shape[1], dtype=A.dtype)
+    shrunk, inverse_roots = torch.zeros_like(A), torch.zeros_like(A)
+    carried = torch.zeros_like(eye)  # what step s + 1 adds to P[s]
+    for s in reversed(range(len(A))):
+        P = (1 - gamma + gamma * w[s]) * eye + carried
+        _, inverse_roots[s] = _symmetric(P)
+        shrunk[s] = gamma * w[s] * A[s] @ inverse_roots[s] @ inverse_roots[s]
+        carried = gamma * w[s] * A[s] @ A[s].T - shrunk[s] @ P @ shrunk[s].T
+    # b only moves y by a constant, which no error sees
+    return Coordinates(p.mu, p.scale, shrunk.to(p.A), gamma * p.b, inverse_roots.to(p.A))
+
+
+def _symmetric(C: torch.Tensor, floor: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """C^½ and C^−½ of a symmetric matrix, its eigenvalues at least `floor` times their mean."""
+    values, vectors = torch.linalg.eigh(C)
+    root = values.clamp(min=floor * values.mean().item()).sqrt()
+    return (vectors * root) @ vectors.T, (vectors / root) @ vectors.T

@@ -1,0 +1,184 @@
+"""A dictionary: coordinates, and a coder that reads trajectories in them.
+
+    x ──residualize──▶ y ──encode──▶ z ──decode──▶ ŷ ──restore──▶ x̂
+
+What is trained, what it is compared with and what is shared as a file are all of this kind. A coder
+has `d_in`, `n_latents`, `W_dec`, `encode`, `decode` and `sparse`; one that is as wide as a single
+step reads each step on its own, with the same weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from helpers import coordinates as _coordinates
+from helpers.coordinates import Coordinates
+from helpers.files import load_tensors, save_tensors
+from helpers.predictors import Predictors
+from helpers.sae import SAE
+
+
+class Projection(torch.nn.Module):
+    """A dense linear coder of given rows V (m, d_in): z = y Vᵀ, y_hat = z V."""
+
+    sparse = False
+
+    def __init__(self, V: torch.Tensor):
+        super().__init__()
+        self.n_latents, self.d_in = V.shape
+        self.register_buffer("W_dec", V)
+
+    def encode(self, y: torch.Tensor) -> torch.Tensor:
+        """Codes (n, m) of inputs (n, d_in), positive and negative."""
+        return y @ self.W_dec.T
+
+    def decode(self, z: torch.Tensor) -> torch.Tensor:
+        """Reconstruction, (n, d_in), of codes (n, m)."""
+        return z @ self.W_dec
+
+
+class Dictionary(torch.nn.Module):
+    """Coordinates and a coder.
+
+    Parameters
+    ----------
+    name : str
+        What tables and figures call it, such as "residual concat".
+    coder : SAE or Projection
+        Of d_in = S · d, or of d_in = d: then each step is coded on its own, and latent s · n + j is
+        the coder's latent j at step s.
+    """
+
+    def __init__(self, name: str, coordinates: Coordinates, coder: torch.nn.Module):
+        super().__init__()
+        if coder.d_in not in (coordinates.d_in, coordinates.channels):
+            raise ValueError(
+                f"{name}: the coder reads {coder.d_in} numbers; these coordinates have "
+                f"{coordinates.d_in}, {coordinates.channels} at each step"
+            )
+        self.name, self.coordinates = name, coordinates
+        self.coder = coder.to(coordinates.mu.device).requires_grad_(False)
+
+    @property
+    def one_step(self) -> bool:
+        """Whether each step is coded on its own."""
+        return self.coder.d_in < self.coordinates.d_in
+
+    @property
+    def n_latents(self) -> int:
+        """Width of the codes; one step at a time, S times the coder's."""
+        return self.coder.n_latents * (self.coordinates.d_in // self.coder.d_in)
+
+    @property
+    def two_sided(self) -> bool:
+        """Whether codes are dense and of either sign."""
+        return not self.coder.sparse
+
+    def codes(self, x: torch.Tensor) -> torch.Tensor:
+        """Standardised trajectories (…, S, d) -> codes (…, n_latents).
+
+        The coder may be of another precision (`dictionary.coder.to(torch.bfloat16)`); codes come
+        in that of x.
+        """
+        y = self.coordinates.residualize(x).reshape(-1, self.coder.d_in)
+        z = self.coder.encode(y.to(self.coder.W_dec.dtype))
+        return z.to(x.dtype).view(*x.shape[:-2], self.n_latents)
+
+    def rebuild(self, z: torch.Tensor) -> torch.Tensor:
+        """Codes (…, n_latents) -> reconstructed trajectories, (…, S, d), standardised."""
+        rows = z.reshape(-1, self.coder.n_latents).to(self.coder.W_dec.dtype)
+        y = self.coder.decode(rows).to(z.dtype)
+        return self.coordinates.restore(y.view(*z.shape[:-1], self.coordinates.d_in))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.rebuild(self.codes(x))
+
+    def directions(self, latents=slice(None)) -> torch.Tensor:
+        """Feature trajectories u of latents (an index, list or slice), (…, S, d), standardised.
+
+        What a code of 1 adds to a reconstruction.
+        """
+        W, n = self.coder.W_dec, self.coder.n_latents
+        latents = torch.arange(self.n_latents, device=W.device)[latents]
+        blocks = self.coordinates.d_in // self.coder.d_in
+        rows = W.new_zeros(latents.numel(), blocks, self.coder.d_in)
+        rows[torch.arange(len(rows)), latents.flatten() // n] = W[latents.flatten() % n]
+        u = self.coordinates.feature_trajectories(rows.flatten(1))
+        return u.view(*latents.shape, *u.shape[1:])
+
+    def cost(self, z: torch.Tensor) -> torch.Tensor:
+        """Numbers that a trajectory takes, int (…,): its codes (…, n_latents) that are not zero."""
+        return (z != 0).sum(-1)
+
+    def calibrate(self, x: torch.Tensor) -> Dictionary:
+        """Set a sparse coder's threshold for k on held-out x, (n, S, d); returns itself.
+
+        A coder that reads single steps takes as many of them as there are trajectories.
+        """
+        if self.coder.sparse:
+            y = self.coordinates.residualize(x).reshape(-1, self.coder.d_in)
+            self.coder.set_threshold(y[: len(x)])
+        return self
+
+    def save(self, path: str | Path, record: dict | None = None) -> None:
+        """Write all that the dictionary is into one safetensors file, with a JSON-able record."""
+        own = {"name": self.name, "k": getattr(self.coder, "k", None)}
+        save_tensors(path, self.state_dict(), (record or {}) | {"dictionary": own})
+
+    @staticmethod
+    def load(path: str | Path) -> tuple[Dictionary, dict]:
+        """Read what `save` wrote; FileNotFoundError or ValueError names a missing or wrong file."""
+        tensors, record = load_tensors(path)
+        parts: dict[str, dict] = {"coordinates": {}, "coder": {}}
+        try:
+            own = record["dictionary"]
+            for name, value in tensors.items():
+                part, _, of_part = name.partition(".")
+                parts[part][of_part] = value
+            W, k = parts["coder"]["W_dec"], own["k"]
+            coder = Projection(W) if k is None else SAE(W.shape[1], W.shape[0], k)
+            coder.load_state_dict(parts["coder"])
+            found = Dictionary(own["name"], Coordinates(**parts["coordinates"]), coder)
+        except (KeyError, TypeError, ValueError, RuntimeError):
+            raise ValueError(
+                f"{path} does not hold a dictionary; run the notebook that writes it again"
+            ) from None
+        return found.eval(), record
+
+
+def untrained(
+    coordinates: Coordinates, n_latents: int, k: float, seed: int = 0, name: str = "untrained"
+) -> Dictionary:
+    """An SAE with its random initial weights, the floor for trained ones; `calibrate` it."""
+    return Dictionary(name, coordinates, SAE(coordinates.d_in, n_latents, k, seed))
+
+
+def first_step(predictors: Predictors, name: str = "predictors alone") -> Dictionary:
+    """The predictors alone: the first step as it is, every later one as predicted from it."""
+    residual = _coordinates.residual(predictors)
+    V = torch.eye(residual.d_in)[: residual.channels]
+    return Dictionary(name, residual, Projection(V.to(residual.mu)))
+
+
+def neurons(predictors: Predictors, name: str = "neurons") -> Dictionary:
+    """Single neurons: every channel at every step is a code."""
+    raw = _coordinates.raw(predictors)
+    return Dictionary(name, raw, Projection(torch.eye(raw.d_in).to(raw.mu)))
+
+
+def pca(
+    coordinates: Coordinates, trajectories: Iterable[torch.Tensor], k: int, name: str = "PCA"
+) -> Dictionary:
+    """The k largest principal components, in these coordinates, of trajectories (…, S, d).
+
+    `trajectories` gives standardised ones, shard by shard, whose mean is taken to be zero.
+    """
+    covariance = torch.zeros(coordinates.d_in, coordinates.d_in, dtype=torch.float64)
+    for x in trajectories:
+        y = coordinates.residualize(x).flatten(0, -2)
+        covariance += (y.T @ y).cpu().double()
+    V = torch.linalg.eigh(covariance).eigenvectors[:, -k:].T.contiguous()
+    return Dictionary(name, coordinates, Projection(V.to(coordinates.mu)))

@@ -1,0 +1,134 @@
+"""One pass over trajectories: the sums from which means, scales and every regression follow.
+
+Memory grows with channels squared, whatever the number of trajectories; sums of parts add up, so
+several processes can share the work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from helpers.files import load_tensors, save_tensors
+
+
+@dataclass
+class Moments:
+    """Sums over trajectories, float64, of activations h less a `shift`.
+
+    The shift keeps large means from eating the precision; moments that are added up must share it.
+    """
+
+    shift: torch.Tensor  # (S, d)
+    count: int
+    total: torch.Tensor  # (S, d): Σ h
+    square: torch.Tensor  # (S, d, d): Σ h[s]ᵀ h[s]
+    cross: torch.Tensor  # (S, d, d): Σ h[s-1]ᵀ h[s]; [0] is unused
+
+    @staticmethod
+    def none(shift: torch.Tensor) -> Moments:
+        """Those of no trajectories at all."""
+        square = shift.new_zeros(*shift.shape, shift.shape[1])
+        return Moments(shift, 0, torch.zeros_like(shift), square, square.clone())
+
+    def __add__(self, other: Moments) -> Moments:
+        if not torch.equal(self.shift, other.shift):
+            raise ValueError("moments with different shifts do not add; give accumulate one shift")
+        sums = (getattr(self, f.name) + getattr(other, f.name) for f in fields(self)[1:])
+        return Moments(self.shift, *sums)
+
+    def summed(self, accelerator) -> Moments:
+        """These sums over an `accelerate.Accelerator`'s processes, which must share one shift."""
+        parts = (
+            torch.as_tensor(getattr(self, f.name)).to(accelerator.device) for f in fields(self)[1:]
+        )
+        count, *sums = (accelerator.reduce(part, "sum").cpu() for part in parts)
+        return Moments(self.shift, int(count), *sums)
+
+    def save(self, path: str | Path, record: dict | None = None) -> None:
+        """Write one safetensors file, atomically, with a JSON-able record beside the tensors."""
+        save_tensors(path, {name: torch.as_tensor(v) for name, v in vars(self).items()}, record)
+
+    @staticmethod
+    def load(path: str | Path) -> tuple[Moments, dict]:
+        """Read what `save` wrote; FileNotFoundError or ValueError names a missing or wrong file."""
+        tensors, record = load_tensors(path)
+        try:
+            return Moments(**tensors | {"count": int(tensors["count"])}), record
+        except (KeyError, TypeError):
+            raise ValueError(
+                f"{path} does not hold moments; delete it and run 02_fit_predictors again"
+            ) from None
+
+
+def accumulate(
+    shards: Iterable[torch.Tensor], shift: torch.Tensor | None = None, device="cpu"
+) -> Moments:
+    """Moments of raw activations, each shard Float[Tensor, "image step token channel"].
+
+    Sums are float64, on the CPU where the device has none (MPS), and come back on the CPU. Where no
+    `shift` is given, it is the first shard's mean.
+
+    Raises
+    ------
+    ValueError
+        No trajectories, or a value that is not finite.
+    """
+    device = "cpu" if str(device).startswith("mps") else device
+    moments: Moments | None = None
+    waiting: list[torch.Tensor] = []
+    for shard in shards:
+        h = shard.permute(1, 0, 2, 3).to(
+            device, torch.float64, copy=True, memory_format=torch.contiguous_format
+        )
+        h = h.flatten(1, 2)  # step, trajectory, channel
+        if moments is None:
+            moments = Moments.none(h.mean(1) if shift is None else shift.to(device))
+        waiting.append(h)
+        # adding (d, d) up is work like a product with d rows, so small shards are joined
+        if sum(w.shape[1] for w in waiting) >= min(h.shape[2], 4096):
+            moments = moments + _sums(waiting, moments.shift)
+            waiting = []
+    if moments is None:
+        raise ValueError("there are no trajectories to sum; give the split at least one prompt")
+    if waiting:
+        moments = moments + _sums(waiting, moments.shift)
+    return Moments(*(v.cpu() if torch.is_tensor(v) else v for v in vars(moments).values()))
+
+
+def _sums(parts: list[torch.Tensor], shift: torch.Tensor) -> Moments:
+    """Moments of parts (step, trajectory, channel), float64, which are overwritten."""
+    h = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+    h -= shift[:, None]
+    total = h.sum(1)
+    if not torch.isfinite(total).all():
+        raise ValueError(
+            "the activations hold NaN or infinity; collect them with store_dtype 'float32'"
+        )
+    cross = h.new_zeros(len(h), h.shape[2], h.shape[2])
+    cross[1:] = h[:-1].transpose(1, 2) @ h[1:]
+    return Moments(shift, h.shape[1], total, _squares(h), cross)
+
+
+def _squares(h: torch.Tensor) -> torch.Tensor:
+    """hᵀh of each step, (S, n, d) -> (S, d, d)."""
+    if h.device.type != "cpu":
+        return h.transpose(1, 2) @ h
+    # NumPy knows that a product with itself is half the work
+    return torch.from_numpy(np.stack([x.T @ x for x in h.numpy()]))
+
+
+def cached(path: str | Path, made_from: dict, make: Callable[[], Moments]) -> Moments:
+    """The moments in `path` if it was `made_from` the same, else those of `make`, saved there."""
+    path = Path(path)
+    if path.exists():
+        moments, record = Moments.load(path)
+        if record == made_from:
+            return moments
+    moments = make()
+    moments.save(path, made_from)
+    return moments

@@ -1,0 +1,89 @@
+"""Training a dictionary on a store: one call for notebooks, baselines and several processes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from helpers.coordinates import Coordinates
+from helpers.dictionary import Dictionary
+from helpers.training.loop import History, TrainConfig, train
+
+
+def train_dictionary(
+    store,
+    coordinates: Coordinates,
+    config: TrainConfig,
+    *,
+    name: str,
+    one_step: bool = False,
+    updates_factor: int = 0,
+    checkpoints: str | Path | None = None,
+    made_from: dict | None = None,
+    device="cpu",
+    accelerator=None,
+) -> tuple[Dictionary, History]:
+    """Train an SAE on a store's training trajectories, seen in some coordinates.
+
+    Its threshold is the one learnt in training; `Dictionary.calibrate` sets another on `held_out`.
+
+    Parameters
+    ----------
+    store
+        Gives `batches(split, batch_size, seed, start, share)` of raw trajectories (n, S, d).
+    config : TrainConfig
+        For whole trajectories. A one-step SAE over S steps gets k / S active latents an input,
+        whole or not, for equal cost; S · n_latents for equal parameters, since its input is S times
+        narrower; and S · dead_after, since its inputs are single steps.
+    one_step : bool
+        Whether to code each step on its own, with the same weights for all steps.
+    updates_factor : int
+        How many times `config.n_updates` to train. 0 is S for a one-step SAE, which so sees as many
+        trajectories in batches of as many inputs, else 1.
+    checkpoints, accelerator
+        As in `train`. A checkpoint must agree in `made_from`, too, and in the coordinates.
+    """
+    S = coordinates.n_steps if one_step else 1
+    config = replace(
+        config,
+        n_latents=S * config.n_latents,
+        k=config.k / S if config.k % S else config.k // S,
+        n_updates=config.n_updates * (updates_factor or S),
+        dead_after=config.dead_after * S,
+    )
+    if accelerator is not None:
+        device = accelerator.device
+    coordinates = coordinates.to(device)
+    d_in = coordinates.d_in // S
+
+    share = (0, 1)
+    if accelerator is not None:
+        share = accelerator.process_index, accelerator.num_processes
+
+    def batches(start):
+        n = config.batch_size // S + 1 if one_step else config.batch_size
+        for h in store.batches("train", n, config.seed, start, share):
+            y = coordinates.residualize(coordinates.standardise(h.to(device)))
+            yield y.reshape(-1, d_in)[: config.batch_size // share[1]]
+
+    record = (made_from or {}) | {"coordinates": coordinates.digest()}
+    sae, history = train(
+        batches,
+        d_in,
+        config,
+        device=device,
+        checkpoints=checkpoints,
+        record=record,
+        accelerator=accelerator,
+        label=name,
+    )
+    return Dictionary(name, coordinates, sae), history
+
+
+def held_out(store, coordinates: Coordinates, n: int = 16384, seed: int = 0) -> torch.Tensor:
+    """At most n standardised validation trajectories, (n, S, d), at random: for `calibrate`."""
+    n = min(n, store.n_images("validation") * store.n_tokens)
+    h = next(store.batches("validation", n, seed))
+    return coordinates.standardise(h.to(coordinates.mu.device))

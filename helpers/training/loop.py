@@ -1,0 +1,220 @@
+"""Training an SAE on batches: the settings, the loop, and checkpoints from which it goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields
+from itertools import islice
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+
+from helpers.checks import in_range, positive, refuse
+from helpers.files import load_tensors, save_tensors
+from helpers.sae import SAE
+from helpers.training.sparse_step import SparseStep
+
+LOG_EVERY = 10  # updates between two entries of the history
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of a training; a checkpoint made with others is not gone on from."""
+
+    n_latents: int
+    """Width of the dictionary."""
+    k: float
+    """Active latents per input, on average."""
+    n_updates: int
+    """Optimiser steps."""
+    batch_size: int = 1024
+    """Inputs in one update."""
+    learning_rate: float = 1e-3
+    """Adam's; it warms up over 5 % of the updates and falls linearly over the last 20 %."""
+    dead_after: int = 50_000
+    """Inputs without firing after which a latent counts as dead and joins the auxiliary loss."""
+    accumulate: int = 1
+    """Parts in which a batch is taken, to save memory; BatchTopK then chooses within each part."""
+    dtype: str = "float32"
+    """Precision of the encoder's product, the one dense one; everything else stays float32."""
+    seed: int = 0
+    """Of the initial weights and of the order of the data."""
+    aux_coefficient: float = 1 / 32
+    """Weight of the auxiliary loss."""
+
+    def __post_init__(self):
+        for name in ("n_updates", "dead_after", "accumulate"):
+            in_range(name, getattr(self, name), 1)
+        positive("learning_rate", self.learning_rate)
+        least = 2 * self.accumulate  # the variance within a part needs two inputs
+        in_range("sae_batch_size", self.batch_size, least)
+
+    @staticmethod
+    def of(parameters: dict) -> TrainConfig:
+        """The settings among a notebook's parameters, where `sae_batch_size` is the batch size."""
+        named = parameters | {"batch_size": parameters["sae_batch_size"]}
+        return TrainConfig(
+            **{f.name: named[f.name] for f in fields(TrainConfig) if f.name in named}
+        )
+
+
+@dataclass
+class History:
+    """How training went: an entry every `LOG_EVERY` updates, and for the last."""
+
+    step: list[int] = field(default_factory=list)
+    fvu: list[float] = field(default_factory=list)  # of the batch, by its BatchTopK codes
+    l0: list[float] = field(default_factory=list)  # of the batch, by the threshold
+    alive: list[float] = field(default_factory=list)  # share of latents that are not dead
+    seconds: float = 0.0
+
+
+def train(
+    batches,
+    d_in: int,
+    config: TrainConfig,
+    *,
+    device="cpu",
+    checkpoints: str | Path | None = None,
+    record: dict | None = None,
+    accelerator=None,
+    save_every: int = 500,
+    label: str = "SAE",
+) -> tuple[SAE, History]:
+    """Train an SAE with Adam.
+
+    Parameters
+    ----------
+    batches : iterable of Float[Tensor, "batch d_in"], or callable
+        A function of the number of batches to leave out that returns such an iterable.
+    checkpoints : folder, optional
+        Where the whole state is kept every `save_every` updates, in a file named by the settings.
+        If it is there, training goes on from it and ends with the weights that it would have had
+        without stopping, bit for bit on a CPU; a finished one is only loaded.
+    record : dict, optional
+        What else a checkpoint must agree in, such as the data's fingerprint.
+    accelerator : accelerate.Accelerator, optional
+        Data parallel: each process gives its part of every batch, and the largest codes are chosen
+        among all of them.
+
+    Raises
+    ------
+    FloatingPointError
+        NaN or infinity in a batch or in the loss, naming the update; the last checkpoint stays.
+    """
+    # MPS has no sparse products
+    device = "cpu" if str(device).startswith("mps") else device
+    training = _Training(d_in, config, accelerator.device if accelerator else device, accelerator)
+    settings = (record or {}) | {"d_in": d_in} | asdict(config)
+    path = checkpoints and _checkpoint(Path(checkpoints), label, settings)
+    if path and path.exists():
+        training.resume(path)
+    done, n_updates, history = training.done, config.n_updates, training.history
+    main = accelerator is None or accelerator.is_main_process
+    quiet = not main or done == n_updates or None  # None: shown in notebooks and terminals
+    start = time.perf_counter() - history.seconds
+    stream = _from(batches, done)
+    for _ in tqdm(range(done, n_updates), label, n_updates, initial=done, disable=quiet):
+        try:
+            training.update(next(stream))
+        except FloatingPointError as error:
+            kept = f"; {path} is kept" if path and path.exists() else ""
+            raise FloatingPointError(f"{label}, {error}{kept}") from None
+        history.seconds = time.perf_counter() - start
+        if path and main and (training.done % save_every == 0 or training.done == n_updates):
+            training.save(path, settings)
+    training.sae.zero_grad()  # frees the gradients
+    return training.sae.cpu().eval(), history
+
+
+def _checkpoint(folder: Path, label: str, settings: dict) -> Path:
+    """The file of a training's checkpoint, named by its label and a hash of its settings."""
+    hashed = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    return folder / f"{label.replace(' ', '_')}-{hashed[:12]}.safetensors"
+
+
+def _from(batches, start: int) -> Iterator[torch.Tensor]:
+    """Batches from the one numbered `start` on; ValueError where there are no more."""
+    yield from batches(start) if callable(batches) else islice(batches, start, None)
+    raise ValueError("batches ended before n_updates; give as many, or an endless iterator")
+
+
+class _Training:
+    """An SAE, and everything else that changes from update to update."""
+
+    def __init__(self, d_in: int, config: TrainConfig, device, accelerator):
+        self.config = config
+        self.sae = SAE(d_in, config.n_latents, config.k, config.seed).to(device)
+        self.step = SparseStep(self.sae, config, accelerator)
+        self.since_fired = torch.zeros(config.n_latents, device=device)  # inputs
+        self.done, self.history = 0, History()
+
+    def update(self, y: torch.Tensor) -> None:
+        """One optimiser step on a batch (n, d_in)."""
+        c, sae, step, first = self.config, self.sae, self.step, self.done == 0
+        y = y.to(sae.W_dec.device)
+        n = step.sum(torch.tensor(float(len(y)), device=y.device))
+        if first:
+            sae.b_dec.data = step.sum(y.sum(0)) / n
+        if len(y) < 2 * c.accumulate:
+            refuse("sae_batch_size", len(y), f"at least {2 * c.accumulate}, two inputs a part")
+        dead = (self.since_fired >= c.dead_after).nonzero().flatten()
+        log = self.done % LOG_EVERY == 0 or self.done == c.n_updates - 1
+        chunks = y.chunk(c.accumulate)
+        parts = [step(part, dead, 1 / len(chunks), count=log) for part in chunks]
+        fvu = sum(p.fvu for p in parts) / len(parts)
+        if not torch.isfinite(fvu):
+            raise FloatingPointError(f"update {self.done}: {self._why_not_finite(y, fvu)}")
+        step.update(c.learning_rate * _rate(self.done, c.n_updates))
+        self.since_fired += n
+        self.since_fired[step.sum(sum(p.fired for p in parts)) > 0] = 0
+        for part in parts:  # the threshold follows the smallest kept code, in a running mean
+            sae.threshold.lerp_(part.smallest, 1.0 if first else 0.02)
+        if log:
+            self.history.step.append(self.done)
+            self.history.fvu.append(fvu.item())
+            self.history.l0.append(sum(p.active for p in parts).item() / len(y))
+            self.history.alive.append(1 - len(dead) / sae.n_latents)
+        self.done += 1
+
+    def _why_not_finite(self, y: torch.Tensor, fvu: torch.Tensor) -> str:
+        if not torch.isfinite(y).all():
+            return "the batch holds NaN or infinity; look at the recorded activations"
+        return f"the loss is {fvu.item()}; lower learning_rate, now {self.config.learning_rate}"
+
+    def save(self, path: Path, settings: dict) -> None:
+        """Write the whole state, or the weights alone once training is finished."""
+        tensors = dict(self.sae.state_dict())
+        if self.done < self.config.n_updates:
+            tensors["since_fired"] = self.since_fired
+            for i, p in enumerate(self.step.parameters):
+                state = self.step.optimiser.state[p]
+                tensors |= {f"adam.{i}.{name}": value for name, value in state.items()}
+        record = {"settings": settings, "done": self.done, "history": asdict(self.history)}
+        save_tensors(path, tensors, record)
+
+    def resume(self, path: Path) -> None:
+        """Put a saved state back; ValueError if the file holds something else."""
+        tensors, record = load_tensors(path)
+        try:
+            self.sae.load_state_dict({name: tensors[name] for name in self.sae.state_dict()})
+            self.done, self.history = record["done"], History(**record["history"])
+        except (KeyError, RuntimeError, TypeError):
+            raise ValueError(
+                f"{path} is no checkpoint of this training; delete it to train anew"
+            ) from None
+        if self.done < self.config.n_updates:
+            self.since_fired.copy_(tensors["since_fired"])
+            for i, p in enumerate(self.step.parameters):
+                adam = {n: v for n, v in tensors.items() if n.startswith(f"adam.{i}.")}
+                state = {n.split(".")[-1]: v.to(p.device) for n, v in adam.items()}
+                self.step.optimiser.state[p] = state
+
+
+def _rate(step: int, n: int) -> float:
+    """The learning rate's share at an update: up over 5 % of n, down over the last 20 %."""
+    return min(1.0, (step + 1) / (0.05 * n + 1), max(0.01, (n - step) / (0.2 * n)))
