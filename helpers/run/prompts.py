@@ -6,62 +6,58 @@ import itertools
 import re
 from pathlib import Path
 
+from helpers.checks import refuse
+
+TABLES = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".json": "json", ".jsonl": "json"}
+
 
 def read_prompts(source: str | Path, n: int | None = None, column: str = "prompt") -> list[str]:
-    """The first `n` prompts, blank ones left out, of a text file (one a line), of a column of a .csv, .tsv, .parquet, .json
-    or .jsonl file, or of a dataset on the Hugging Face hub (its training split, streamed).
+    """The first `n` prompts of a file or dataset, blank ones left out.
 
-    Raises ValueError or FileNotFoundError, naming `source`, if there is no such file, column or prompt.
+    Parameters
+    ----------
+    source : a text file, one prompt a line; a .csv, .tsv, .parquet, .json or .jsonl file; or the
+        name of a dataset on the Hugging Face hub, whose training split is streamed
+    column : str
+        Where the prompts are in a table or dataset.
+
+    Raises ValueError or FileNotFoundError, naming `source`, if there is no such file, column or
+    prompt.
     """
-    source = str(source)
     path = Path(source).expanduser()
-    kind = {
-        ".csv": "csv",
-        ".tsv": "csv",
-        ".parquet": "parquet",
-        ".json": "json",
-        ".jsonl": "json",
-    }.get(path.suffix)
-    if path.is_file() and kind is None:
+    if path.is_file() and path.suffix not in TABLES:
         try:
             rows = path.read_text("utf-8-sig").splitlines()
         except UnicodeDecodeError as error:
-            raise ValueError(
-                f"prompts {source!r} is not a text in UTF-8 ({error.reason} at byte {error.start}); valid is a text file with a prompt a line, or a table"
-            ) from error
-    elif not path.is_file() and (path.suffix or not re.fullmatch(r"[\w.-]+/[\w.-]+", source)):
-        raise FileNotFoundError(
-            f"prompts {source!r} is not a file; valid are 'scenes', a .txt, .csv, .tsv, .parquet, .json or .jsonl file, or a dataset's name on the hub, owner/name"
-        )
+            where = f"{error.reason} at byte {error.start}"
+            refuse("prompts", str(source), f"a text in UTF-8, or a table ({where})")
+    elif path.is_file() or (re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and not path.suffix):
+        rows = _column(source, path, column)
     else:
-        rows = _column(source, path, kind, column)
+        raise FileNotFoundError(
+            f"prompts {str(source)!r} is not a file; valid are 'scenes', 'none', a text file,"
+            f" a {', '.join(TABLES)} file, or a dataset's name on the hub, owner/name"
+        )
     prompts = list(itertools.islice((row.strip() for row in rows if row and row.strip()), n))
-    if not prompts:
-        raise ValueError(f"prompts {source!r} holds no prompt; it needs at least one")
-    return prompts
+    return prompts or refuse("prompts", str(source), "a file or dataset that holds a prompt")
 
 
-def _column(source, path, kind, column):
-    """A column of a table or of a dataset on the hub, row by row."""
+def _column(source: str | Path, path: Path, column: str):
+    """A column of a table, or of a dataset on the hub, row by row; None for an empty cell."""
     import datasets
 
-    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # nobody need know which files are read here
-    options = {"sep": "\t"} if path.suffix == ".tsv" else {}
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # no one need know which files are read here
+    name, options = str(source), {}
+    if path.is_file():
+        name, options = TABLES[path.suffix], {"data_files": str(path)}
+        if path.suffix == ".tsv":
+            options["sep"] = "\t"
     try:
-        table = (
-            datasets.load_dataset(
-                kind, data_files=str(path), split="train", streaming=True, **options
-            )
-            if kind
-            else datasets.load_dataset(source, split="train", streaming=True)
-        )
+        table = datasets.load_dataset(name, split="train", streaming=True, **options)
         first = next(iter(table), None)
     except Exception as error:  # whatever a parser or the network makes of it
-        raise ValueError(
-            f"prompts {source!r} could not be read ({str(error).splitlines()[0][:200] if str(error) else type(error).__name__}); valid is a table or a dataset with a training split"
-        ) from error
+        why = (str(error) or type(error).__name__).splitlines()[0][:200]
+        refuse("prompts", str(source), f"a table, or a dataset with a training split ({why})")
     if first is not None and column not in first:
-        raise ValueError(
-            f"prompt_column {column!r} is not in {source!r}; valid are {', '.join(first)}"
-        )
+        refuse("prompt_column", column, f"a column of {source}: {', '.join(first)}")
     return (None if row[column] is None else str(row[column]) for row in table)

@@ -257,7 +257,7 @@ def refuse_other_settings(folder: Path, described: dict) -> None:
         for name, value in now.items():
             if before.get(name) != value:
                 where, old, new = _first_difference(name, before.get(name), value)
-                refuse(where, new, f"{old!r}, as {folder} was made with, or give another run")
+                refuse(where, new, f"{old!r:.80}, as {folder} was made with, or give another run")
 
 
 def _first_difference(name: str, old, new) -> tuple:
