@@ -26,13 +26,18 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 
 from helpers.checks import choose_device, choose_dtype, in_range, refuse
+from helpers.coordinates import residual
 from helpers.demo import world
+from helpers.dictionary import Dictionary
+from helpers.moments import Moments, accumulate, cached
 from helpers.pipelines.loading import resolved_revision
 from helpers.run.folder import Run, load_model, peak_memory, run_folder
 from helpers.run.parameters import parameters_for
 from helpers.run.prompts import read_prompts
 from helpers.store import collect as collecting
 from helpers.store.plan import SPLITS, Plan
+from helpers.training.dictionaries import train_dictionary
+from helpers.training.loop import History, TrainConfig
 from helpers.trajectories import Tap, kept_steps
 
 SET_BY_COLLECTING = (  # not to be given as arguments of a pipeline's call
@@ -155,13 +160,11 @@ def collect(parameters: dict, pipe=None, share: tuple[int, int] = (0, 1)) -> dic
     return collecting.collect(plan, pipe, accelerator=accelerator, share=share)
 
 
-def moments(parameters: dict):
+def moments(parameters: dict) -> tuple[Moments, Moments]:
     """Sums over a run's training and validation images, each process its share of the shards.
 
     They are kept in `runs/<run>/moments/`, where notebook 02 finds them.
     """
-    from helpers.moments import Moments, accumulate, cached
-
     run, accelerator = Run("02_fit_predictors", parameters), accelerator_of(parameters)
     store, device = run.store, accelerator.device if accelerator else run.device
 
@@ -184,20 +187,16 @@ def moments(parameters: dict):
     return train, sums_of("validation", train.shift)
 
 
-def train(parameters: dict):
+def train(parameters: dict) -> tuple[Dictionary, History]:
     """Train a run's residual dictionary with notebook 03's parameters, data parallel.
 
     Its checkpoints let the notebook find it done.
     """
-    from helpers import coordinates
-    from helpers.training.dictionaries import train_dictionary
-    from helpers.training.loop import TrainConfig
-
     run, accelerator = Run("03_train_residual_sae", parameters), accelerator_of(parameters)
     return train_dictionary(
         run.store,
-        coordinates.residual(run.predictors),
-        TrainConfig(**parameters),
+        residual(run.predictors),
+        TrainConfig.of(parameters),
         name="residual concat",
         checkpoints=run.folder / "checkpoints",
         made_from=run.made_from("predictors"),
