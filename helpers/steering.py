@@ -88,23 +88,26 @@ def addition(
 def scaling(
     codes: torch.Tensor, u, coordinates: Coordinates, steps, num_inference_steps: int, factor: float
 ) -> torch.Tensor:
-    """What multiplies a feature that images already have: factor 0 removes it, 2 doubles it.
+    """What multiplies features that images already have: factor 0 removes them, 2 doubles them.
 
     Second of two passes with the same seeds; the first recorded the images and gave `codes`.
 
     Parameters
     ----------
-    codes : Float[Tensor, "image token"]
-        The latent's code for each recorded trajectory.
-    u : Float[Tensor, "S d"]
-        Its feature trajectory in standardised units, not normalised.
+    codes : Float[Tensor, "image token"] or Float[Tensor, "image token latent"]
+        The code of one latent, or of several, for each recorded trajectory.
+    u : Float[Tensor, "S d"] or Float[Tensor, "latent S d"]
+        Their feature trajectories in standardised units, not normalised.
 
     Returns
     -------
     Float[Tensor, "step image token channel"], raw units, for `steer`.
     """
-    raw = at_every_step(coordinates.scale[:, None].to(u) * u, steps, num_inference_steps)
-    return (factor - 1) * codes[None, :, :, None] * raw.to(codes.device)[:, None, None, :]
+    if u.ndim == 2:
+        codes, u = codes[..., None], u[None]
+    raw = coordinates.scale[:, None].to(u) * u
+    raw = at_every_step(raw.transpose(0, 1), steps, num_inference_steps).to(codes)
+    return torch.einsum("itm,smd->sitd", (factor - 1) * codes, raw)
 
 
 # --- images -------------------------------------------------------------------------------------
