@@ -13,7 +13,7 @@ from helpers import coordinates, files
 from helpers.dictionary import untrained
 from helpers.run import folder, parameters
 from helpers.run.folder import Run
-from helpers.training.loop import TrainConfig
+from helpers.training.loop import History, TrainConfig
 
 CELL = 'run: str = "demo"\nk: int = 20\ndevice: str = "auto"\ndtype: str = "auto"\nseed: int = 0'
 
@@ -114,6 +114,7 @@ def written(project):
             files.save_json(run.path(what), run.made_from("dictionary"))
         else:
             of_predictors = run.made_from("predictors") | {"config": asdict(config)}
+            of_predictors |= {"history": asdict(History(step=[0, 2], seconds=1.5))}
             record = of_predictors if what == "sae" else run.made_from("dictionary")
             made = untrained(coordinates.raw(predictors), n_latents=8, k=2, seed=seed, name=what)
             made.save(run.path(what), record)
@@ -130,6 +131,7 @@ def test_what_was_made_from_one_another_is_read(written):
     assert torch.equal(run.predictors.A, some_predictors().A)
     assert run.dictionary is run.dictionary and run.predictors is run.predictors
     assert run.config == TrainConfig(n_latents=8, k=2, n_updates=3)
+    assert run.history.step == [0, 2] and run.history.seconds == 1.5
     assert set(run.latents) == {"predictors", "sae"}
 
 

@@ -1,7 +1,7 @@
 """All that must be tried on CUDA: `make gpu`, which writes figures/bench/gpu.json.
 
 Each test also runs on the CPU at a tiny size, in the ordinary suite, so that its logic is known to
-work before a GPU is at hand. Where there is none, `python -m tests.test_gpu` says so, and exits with 0.
+work before a GPU is at hand. Without one, `python -m tests.test_gpu` says so and exits with 0.
 """
 
 import platform

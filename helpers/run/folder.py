@@ -27,7 +27,7 @@ from helpers.plots.style import save_figure
 from helpers.predictors import Predictors
 from helpers.run import parameters as _parameters
 from helpers.store.read import Store
-from helpers.training.loop import TrainConfig
+from helpers.training.loop import History, TrainConfig
 
 DEMO_MODEL = Path(__file__).resolve().parents[1] / "demo" / "weights"  # trained by notebook 00
 FILES = {  # what a run hands on: its file, and the notebook that writes it
@@ -121,6 +121,11 @@ class Run:
     def config(self) -> TrainConfig:
         """The training configuration of notebook 03."""
         return TrainConfig(**self._trained[1]["config"])
+
+    @property
+    def history(self) -> History:
+        """How the training of notebook 03 went."""
+        return History(**self._trained[1]["history"])
 
     def baseline(self, name: str) -> Dictionary:
         """A dictionary that notebook 04 made beside that of 03, such as "raw concat"."""
@@ -252,9 +257,3 @@ def commit() -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-
-
-def require(name, value, low, high=float("inf")):  # until nothing imports it any more
-    from helpers.checks import in_range
-
-    in_range(name, value, low, float("inf") if high is None else high)
