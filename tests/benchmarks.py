@@ -1,13 +1,15 @@
 """What this project costs, as ratios against what one would use otherwise.
 
-    python -m tests.benchmarks             # print the table, and put its figures into figures/bench/bench.json
-    python -m tests.benchmarks --readme    # and write it between the README's markers
-    python -m tests.benchmarks --quick     # at tiny sizes, to see that it runs; --only sae for some of the lines
+    python -m tests.benchmarks             # print the table; figures into figures/bench/bench.json
+    python -m tests.benchmarks --readme    # and write it between the markers in figures/README.md
+    python -m tests.benchmarks --quick     # at tiny sizes, to see that it runs; --only sae for some
 
-Both sides of a line take turns in one run, never at the same time; a ratio is the median over the turns, given with its range.
-A side's memory is the peak of a process that does nothing else, less what its imports take, measured apart from the timings.
-sparsify (eai-sparsify, tests/peers.txt) runs in a virtual environment of its own, `.venv-peers`, as a process that trains one
-block of updates each time it is asked to; without that environment its line says so. Nothing else should run meanwhile.
+Both sides of a line take turns in one run, never at the same time; a ratio is the median over the
+turns, given with its range. A side's memory is the peak of a process that does nothing else, less
+what its imports take, measured apart from the timings. sparsify (eai-sparsify, tests/peers.txt)
+runs in a virtual environment of its own, `.venv-peers`, as a process that trains one block of
+updates each time it is asked to; without that environment its line says so. Nothing else should run
+meanwhile.
 """
 
 from __future__ import annotations
@@ -28,27 +30,42 @@ import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
 PEER = ROOT / ".venv-peers" / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 
-# fmt: off
 SIZES = {
-    "recording": {"images": 4, "num_inference_steps": 25, "steps": [0, 6, 12, 18, 24], "rounds": 12},
+    "recording": {
+        "images": 4,
+        "num_inference_steps": 25,
+        "steps": [0, 6, 12, 18, 24],
+        "rounds": 12,
+    },
     "ridge": {"n": 100_000, "d": 640, "n_steps": 5, "rounds": 3},
     "strengths": {"n": 20_000, "d": 320, "n_steps": 5, "rounds": 3},
-    "sae": {"d": 640, "m": 2560, "k": 16, "batch": 1024, "features": 2560, "n_batches": 48, "rounds": 10, "updates": 20, "learning_rate": 4e-3},
-    "wide_sae": {"d": 6400, "m": 8192, "k": 32, "batch": 512, "features": 512, "n_batches": 16, "rounds": 8, "updates": 4, "learning_rate": 2e-3},
-    "store": {"images": 1024, "n_steps": 5, "grid": 16, "channels": 640, "per_shard": 16, "batch": 1024, "buffer": 2**28, "rounds": 3},
+    "sae": {
+        **{"d": 640, "m": 2560, "k": 16, "batch": 1024, "features": 2560, "n_batches": 48},
+        **{"rounds": 10, "updates": 20, "learning_rate": 4e-3},
+    },
+    "wide_sae": {
+        **{"d": 6400, "m": 8192, "k": 32, "batch": 512, "features": 512, "n_batches": 16},
+        **{"rounds": 8, "updates": 4, "learning_rate": 2e-3},
+    },
+    "store": {
+        **{"images": 1024, "n_steps": 5, "grid": 16, "channels": 640, "per_shard": 16},
+        **{"batch": 1024, "buffer": 2**28, "rounds": 3},
+    },
 }
+TINY_SAE = {"n_batches": 8, "rounds": 3, "updates": 4, "k": 4}
 QUICK = {
     "recording": {"images": 1, "num_inference_steps": 3, "steps": [0, 2], "rounds": 2},
     "ridge": {"n": 4_000, "d": 32, "rounds": 2},
     "strengths": {"n": 4_000, "d": 32, "rounds": 2},
-    "sae": {"d": 64, "m": 128, "k": 4, "batch": 128, "features": 128, "n_batches": 8, "rounds": 3, "updates": 4},
-    "wide_sae": {"d": 128, "m": 256, "k": 4, "batch": 64, "features": 64, "n_batches": 8, "rounds": 3, "updates": 4},
-    "store": {"images": 32, "grid": 8, "channels": 32, "per_shard": 4, "batch": 64, "buffer": 2**18, "rounds": 2},
+    "sae": TINY_SAE | {"d": 64, "m": 128, "batch": 128, "features": 128},
+    "wide_sae": TINY_SAE | {"d": 128, "m": 256, "batch": 64, "features": 64},
+    "store": {
+        **{"images": 32, "grid": 8, "channels": 32, "per_shard": 4},
+        **{"batch": 64, "buffer": 2**18, "rounds": 2},
+    },
 }
-# fmt: on
 LINES = tuple(SIZES)
 TORCH = torch.__version__.split("+")[0]
 
@@ -85,7 +102,7 @@ class Line:
         return f"| {self.what} | {measured} | {self.aim} | {met} | {memory} | {self.note} |"
 
 
-# --- taking turns ----------------------------------------------------------------------------------
+# --- taking turns ---
 
 
 def seconds_of(work) -> float:
@@ -95,7 +112,10 @@ def seconds_of(work) -> float:
 
 
 def take_turns(sides: dict, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each side in each round; the first round is not counted, and every second one goes the other way round."""
+    """Seconds of each side in each round.
+
+    The first round is not counted, and every second one goes the other way round.
+    """
     times = {name: [] for name in sides}
     for i in range(rounds + 1):
         for name in list(sides)[:: 1 if i % 2 else -1]:
@@ -112,7 +132,7 @@ def medians(times: dict) -> dict[str, float]:
     return {name: float(np.median(t)) for name, t in times.items()}
 
 
-# --- memory ----------------------------------------------------------------------------------------
+# --- memory ---
 
 
 def high_water() -> int:
@@ -147,23 +167,22 @@ def peak_of(side: str, size: dict, threads: int) -> int:
     )
 
 
-# --- recording -------------------------------------------------------------------------------------
+# --- recording ---
 
 
 def recording_sides(size: dict) -> dict:
-    from helpers import trajectories
-    from helpers.run import folder as runs
+    from helpers.pipelines.generate import generate
+    from helpers.run.folder import load_model
+    from helpers.trajectories import record
 
-    pipe, n = runs.load_pipeline("demo", "cpu"), size["images"]
-    prompts = [
-        f"a large {'red' if i % 2 else 'blue'} solid circle at the left on a white background"
-        for i in range(n)
-    ]
+    pipe, n = load_model("demo", "cpu"), size["images"]
+    circle = "a large {} solid circle at the left on a white background"
+    prompts = [circle.format("red" if i % 2 else "blue") for i in range(n)]
     sampling = {"num_inference_steps": size["num_inference_steps"], "guidance_scale": 3.0}
-    tap = {"hookpoint": "up_blocks.1.attentions.1", "steps": size["steps"]}
+    where = ("up_blocks.1.attentions.1", size["steps"])
     return {
-        "recorded": lambda: trajectories.record(pipe, prompts, range(n), **tap, **sampling)[0],
-        "plain": lambda: trajectories.generate(pipe, prompts, range(n), **sampling),
+        "recorded": lambda: record(pipe, prompts, range(n), *where, **sampling)[0],
+        "plain": lambda: generate(pipe, prompts, range(n), **sampling),
     }
 
 
@@ -179,17 +198,21 @@ def recording(size: dict, memory) -> list[Line]:
     )
     line.memory = {name: memory(f"recording {name}") for name in sides}
     line.note = (
-        f"demo model, {size['images']} images, {size['num_inference_steps']} steps, {len(size['steps'])} kept, all tokens; "
+        f"demo model, {size['images']} images, {size['num_inference_steps']} steps, "
+        f"{len(size['steps'])} kept, all tokens; "
         f"images {'the same to the last bit' if same else 'DIFFER'}"
     )
     return [line]
 
 
-# --- ridge -----------------------------------------------------------------------------------------
+# --- ridge ---
 
 
 def activations(n: int, d: int, n_steps: int, seed: int = 0):
-    """Made-up activations of n trajectories, shard by shard, float32 (image, step, 250 tokens, d), 16 images at most."""
+    """Made-up activations of n trajectories, float32 (image, step, 250 tokens, d).
+
+    They come in shards of 16 images at most.
+    """
     g = torch.Generator().manual_seed(seed)
     step = torch.randn(d, d, generator=torch.Generator().manual_seed(7)) / d**0.5
     spread, mean = torch.logspace(0.5, -1, d), 3.0
@@ -201,16 +224,23 @@ def activations(n: int, d: int, n_steps: int, seed: int = 0):
 
 
 def by_moments(shards, held=None, strengths=(1e-3,)) -> np.ndarray:
-    """Our way: one pass of sums over each split, then the predictors; their coefficients before rounding, (step, d, d)."""
-    from helpers import predictors
+    """Our way: one pass of sums over each split, then the predictors.
 
-    train = predictors.accumulate(shards)
-    validation = predictors.accumulate(held, train.shift) if held is not None else train
+    Returns their coefficients before rounding, (step, d, d).
+    """
+    from helpers import predictors
+    from helpers.moments import accumulate
+
+    train = accumulate(shards)
+    validation = accumulate(held, train.shift) if held is not None else train
     return predictors.fit(train, validation, strengths, dtype=torch.float64).A[1:].numpy()
 
 
 def by_sklearn(shards, held=None, strengths=(1e-3,)) -> np.ndarray:
-    """The same with scikit-learn: all activations in memory, standardised in float64, one Ridge per pair and strength."""
+    """The same with scikit-learn: one Ridge per pair and strength.
+
+    All activations are in memory, standardised in float64.
+    """
     from sklearn.linear_model import Ridge
 
     h = torch.cat([s.permute(1, 0, 2, 3).flatten(1, 2) for s in shards], dim=1)
@@ -246,6 +276,11 @@ def by_sklearn(shards, held=None, strengths=(1e-3,)) -> np.ndarray:
     return np.stack(A)
 
 
+def agreement(apart: float) -> str:
+    met = "met" if apart <= 1e-8 else "not met"
+    return f"coefficients {apart:.0e} apart at most (aim ≤ 1e-08: {met})"
+
+
 def ridge(size: dict, memory) -> list[Line]:
     n, d, S = size["n"], size["d"], size["n_steps"]
     shards = list(activations(n, d, S))
@@ -262,8 +297,8 @@ def ridge(size: dict, memory) -> list[Line]:
         f"scikit-learn, n = {n // 1000}k": memory("ridge scikit-learn"),
     }
     line.note = (
-        f"n = {n // 1000}k trajectories of {S} steps, d = {d}, float64, both sides bound by the same products; "
-        f"coefficients {apart:.0e} apart at most (aim ≤ 1e-08: {'met' if apart <= 1e-8 else 'not met'})"
+        f"n = {n // 1000}k trajectories of {S} steps, d = {d}, float64, "
+        f"both sides bound by the same products; {agreement(apart)}"
     )
     line.also = {"largest_difference": apart}
     return [line]
@@ -280,22 +315,26 @@ def strengths(size: dict, memory) -> list[Line]:
     }
     apart = float(np.abs(sides["ours"]() - sides["scikit-learn"]()).max())
     times = take_turns(sides, size["rounds"])
-    what = f"speed of ridge, the best of {len(STRENGTHS)} strengths on held-out data / scikit-learn's Ridge"
+    best = f"the best of {len(STRENGTHS)} strengths on held-out data"
+    what = f"speed of ridge, {best} / scikit-learn's Ridge"
     line = Line(what, ratios(times, "scikit-learn", "ours"), "", medians(times))
     line.memory = {name: memory(f"strengths {name}") for name in sides}
     line.note = (
         f"{n // 1000}k trajectories of {S} steps and {n // 4000}k held out, d = {d}, float64; "
-        f"coefficients {apart:.0e} apart at most (aim ≤ 1e-08: {'met' if apart <= 1e-8 else 'not met'})"
+        f"{agreement(apart)}"
     )
     line.also = {"largest_difference": apart}
     return [line]
 
 
-# --- SAE -------------------------------------------------------------------------------------------
+# --- SAE ---
 
 
 def examples(size: dict, seed: int) -> torch.Tensor:
-    """A batch of made-up data with a dictionary behind it, (batch, d): k of its features each, of exponential size, a mean, and noise."""
+    """A batch of made-up data with a dictionary behind it, (batch, d).
+
+    Each input is k of its features, of exponential size, a mean, and noise.
+    """
     d, k, n = size["d"], size["k"], size["batch"]
     directions = torch.nn.functional.normalize(
         torch.randn(size["features"], d, generator=torch.Generator().manual_seed(7)), dim=1
@@ -316,7 +355,7 @@ def held_out(size: dict) -> torch.Tensor:
 
 
 class Peer:
-    """sparsify's trainer in a process of its own, which trains a block of updates each time it is asked."""
+    """sparsify's trainer in a process of its own, which trains a block each time it is asked."""
 
     def __init__(self, size: dict, threads: int):
         self.said = tempfile.TemporaryFile("w+")
@@ -346,9 +385,10 @@ class Peer:
 
 
 def train_peer(size: dict) -> None:
-    """In `.venv-peers`: sparsify's own Trainer with its own defaults, on our batches, a block for each line on standard input.
+    """In `.venv-peers`: sparsify's own Trainer with its own defaults, on our batches.
 
-    The trainer wants a language model whose hookpoint it listens to; one that hands over our batches takes its place.
+    It trains a block for each line on standard input. It wants a language model whose hookpoint it
+    listens to; one that hands over our batches takes its place.
     """
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     sys.stdout = sys.stderr
@@ -407,12 +447,16 @@ def train_peer(size: dict) -> None:
 
 
 def train_ours(size: dict, peer: Peer | None, times: dict):
-    """One call of `sae.train`, stopped after each block of updates for the product alone and for the peer to do theirs."""
-    from helpers import sae
+    """One call of `train`, which waits after each block of updates.
+
+    Meanwhile the product alone and the peer do theirs.
+    """
+    from helpers.sae import SAE
+    from helpers.training.loop import TrainConfig, train
 
     d, m, k, rounds, updates = (size[name] for name in ("d", "m", "k", "rounds", "updates"))
     batches = batches_of(size)
-    weights = sae.SAE(d, m, k).W_enc.detach()  # laid out in memory as ours are
+    weights = SAE(d, m, k).W_enc.detach()  # laid out in memory as ours are
     out = torch.empty(size["batch"], m)
 
     def products():
@@ -432,15 +476,8 @@ def train_ours(size: dict, peer: Peer | None, times: dict):
                 times["sparsify"].append(peer.block())
         yield next(cycled)
 
-    return sae.train(
-        stream(),
-        d,
-        m,
-        k,
-        n_steps=(rounds + 1) * updates + 1,
-        learning_rate=size["learning_rate"],
-        log_every=10**9,
-    )
+    n_updates, rate = (rounds + 1) * updates + 1, size["learning_rate"]
+    return train(stream(), d, TrainConfig(m, k, n_updates, size["batch"], learning_rate=rate))
 
 
 def sae_lines(size: dict, memory, threads: int, side: str) -> list[Line]:
@@ -473,7 +510,8 @@ def sae_lines(size: dict, memory, threads: int, side: str) -> list[Line]:
     against.memory = share.memory | {"sparsify": alone.end()["peak"]}
     against.note = (
         f"{shape}; held-out FVU after {(size['rounds'] + 1) * size['updates']} updates: "
-        f"ours {fvu:.3f} with {active:.1f} latents an input, sparsify ({other['optimiser']}, its default) {other['fvu']:.3f} with {size['k']}"
+        f"ours {fvu:.3f} with {active:.1f} latents an input, "
+        f"sparsify ({other['optimiser']}, its default) {other['fvu']:.3f} with {size['k']}"
     )
     against.also = {
         "fvu": fvu,
@@ -484,11 +522,11 @@ def sae_lines(size: dict, memory, threads: int, side: str) -> list[Line]:
     return [share, against]
 
 
-# --- store -----------------------------------------------------------------------------------------
+# --- store ---
 
 
 def make_store(folder: Path, size: dict) -> None:
-    """A made-up collection, of training images alone, as `stores.collect` would leave it."""
+    """A made-up collection, of training images alone, as `collect` would leave it."""
     from helpers.files import digest, save_json, save_tensors
 
     n, S, side, channels, per_shard = (
@@ -507,6 +545,8 @@ def make_store(folder: Path, size: dict) -> None:
         "seeds": list(range(n)),
         "split": ["train"] * n,
         "sampling": {},
+        **{"hookpoint": "layer", "signal": "output", "branch": "conditional"},
+        "batch_size": per_shard,
         "grid": [side, side],
         "steps": list(range(S)),
         "timesteps": [float(S - s) for s in range(S)],
@@ -538,8 +578,8 @@ def from_disk(folder: Path) -> None:
 
 
 def epochs(folder: Path, size: dict):
-    """The batches of a store that has not been read yet: one epoch each time it is asked for one."""
-    from helpers.store.collect import Store
+    """The batches of a store that was not read yet: one epoch each time it is asked for one."""
+    from helpers.store.read import Store
 
     batches = Store(folder).batches("train", size["batch"], buffer_bytes=size["buffer"])
     per_epoch = size["images"] * size["grid"] ** 2 // size["batch"]
@@ -579,7 +619,8 @@ def store(size: dict, memory) -> list[Line]:
         what = f"bytes/s of shuffled batches from the store / of reading its files: {said}"
         line = Line(what, ratios(times, "plain", name), "", medians(times), peaks)
         line.note = (
-            f"{n_bytes / 1e9:.1f} GB of float16, put out of the page cache before each pass, buffers of {size['buffer'] / 1e6:.0f} MB: "
+            f"{n_bytes / 1e9:.1f} GB of float16, put out of the page cache before each pass, "
+            f"buffers of {size['buffer'] / 1e6:.0f} MB: "
             f"{rate[name]:.2f} against {rate['plain']:.2f} GB/s"
         )
         line.also = {
@@ -591,20 +632,14 @@ def store(size: dict, memory) -> list[Line]:
     return lines
 
 
-# --- one side alone, for its memory ----------------------------------------------------------------
+# --- one side alone, for its memory ---
 
 
 def ours_alone(size: dict) -> None:
-    from helpers import sae
+    from helpers.training.loop import TrainConfig, train
 
-    sae.train(
-        itertools.cycle(batches_of(size)),
-        size["d"],
-        size["m"],
-        size["k"],
-        n_steps=size["updates"],
-        log_every=10**9,
-    )
+    config = TrainConfig(size["m"], size["k"], size["updates"], size["batch"])
+    train(itertools.cycle(batches_of(size)), size["d"], config)
 
 
 def ridge_alone(size: dict, fit) -> None:
@@ -636,7 +671,6 @@ def measure_alone(side: str, size: dict) -> None:
     """Print the peak memory of one side, less that of the imports."""
     import sklearn.linear_model  # noqa: F401
 
-
     if side.startswith("recording"):
         from diffusers import StableDiffusionPipeline  # noqa: F401
     imports = high_water()
@@ -644,7 +678,7 @@ def measure_alone(side: str, size: dict) -> None:
     print(high_water() - imports)
 
 
-# --- the table -------------------------------------------------------------------------------------
+# --- the table ---
 
 
 def processor() -> str:
@@ -668,15 +702,6 @@ def table(lines: list[Line], threads: int) -> str:
         "|---|---|---|---|---|---|",
     ]
     return "\n".join(head + [line.row() for line in lines])
-
-
-def put_into(readme: Path, text: str) -> None:
-    """Replace what stands between the README's markers."""
-    before, found, rest = readme.read_text().partition(BEGIN)
-    _, ended, after = rest.partition(END)
-    if not found or not ended:
-        sys.exit(f"error: {readme.name} lacks the markers {BEGIN} and {END}")
-    readme.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
 
 
 def measure(name: str, size: dict, threads: int) -> list[Line]:
@@ -705,7 +730,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m tests.benchmarks", description="What this project costs, as ratios."
     )
-    parser.add_argument("--readme", action="store_true", help="write the table into README.md")
+    parser.add_argument("--readme", action="store_true", help="write it into figures/README.md")
     parser.add_argument(
         "--quick",
         action="store_true",
@@ -732,6 +757,7 @@ def main() -> None:
     if arguments.readme and not whole:
         parser.error("--readme takes all lines at their full sizes, so neither --quick nor --only")
     from helpers.files import save_json
+    from helpers.run.report import put_between
 
     lines, start = [], time.perf_counter()
     for name in arguments.only:
@@ -751,7 +777,7 @@ def main() -> None:
         ]
         save_json(ROOT / "figures" / "bench" / "bench.json", about | {"lines": rows})
     if arguments.readme:
-        put_into(ROOT / "README.md", text)
+        put_between(ROOT / "figures" / "README.md", "bench", text)
 
 
 if __name__ == "__main__":
