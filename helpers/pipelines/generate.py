@@ -77,7 +77,7 @@ def arguments_of(pipe, prompts, sampling: dict) -> dict:
     class-conditional pipeline become numbers. Raises ValueError for what it does not take.
     """
     taken = inspect.signature(pipe.__call__).parameters
-    arguments = {k: v for k, v in sampling.items() if v or k not in ("height", "width")}
+    arguments = {k: v for k, v in sampling.items() if k not in ("height", "width") or v}
     if "guidance_scale" not in taken:  # an unconditional pipeline has nothing to guide
         arguments.pop("guidance_scale", None)
     for name in arguments:

@@ -1,0 +1,195 @@
+import numpy as np
+import pipelines
+import pytest
+import torch
+from conftest import SAMPLING, built
+from diffusers import (
+    CMStochasticIterativeScheduler,
+    ConsistencyModelPipeline,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchLCMScheduler,
+    LCMScheduler,
+    StableDiffusionInpaintPipeline,
+)
+from PIL import Image
+
+from helpers.pipelines.generate import arguments_of, generate, generate_all
+
+SEEDS = [10, 11, 12]
+
+
+@pytest.mark.parametrize("model", pipelines.ALL)
+def test_an_image_does_not_depend_on_its_batch(model):
+    texts = ["1", "2", "goldfish"] if model == "dit" else ["a dog", "two cats", ""]
+    together = generate(built(model), texts, SEEDS, **SAMPLING)
+    assert together.dtype == np.float32 and together.shape[::3] == (3, 3)
+    assert together.min() >= 0 and together.max() <= 1
+    for i in range(3):
+        alone = generate(built(model), [texts[i]], [SEEDS[i]], **SAMPLING)
+        np.testing.assert_allclose(alone[0], together[i], atol=1e-4)
+    assert min(np.abs(together[i] - together[i - 1]).max() for i in range(3)) > 1e-3
+
+
+def test_an_image_depends_on_its_seed_and_on_its_prompt(pipe):
+    images = generate(pipe, ["a dog", "a dog", "two cats"], [0, 1, 0], **SAMPLING)
+    assert not np.allclose(images[0], images[1], atol=1e-3)
+    assert not np.array_equal(images[0], images[2])
+
+
+def test_batches_are_joined_in_order(pipe, prompts):
+    calls = []
+
+    def make(pipe, prompts, seeds, **sampling):
+        calls.append((prompts, list(seeds), sampling))
+        return np.array(seeds)[:, None]
+
+    joined = generate_all(pipe, prompts, range(5), 2, make, num_inference_steps=3)
+    assert joined[:, 0].tolist() == [0, 1, 2, 3, 4]
+    expected = [(prompts[i : i + 2], [*range(5)][i : i + 2]) for i in (0, 2, 4)]
+    assert calls == [(*part, {"num_inference_steps": 3}) for part in expected]
+    own = generate_all(pipe, prompts[:2], [4, 5], 2, **SAMPLING)
+    assert np.array_equal(own, generate(pipe, prompts[:2], [4, 5], **SAMPLING))
+
+
+# --- what is asked of a pipeline ----------------------------------------------------------------
+
+
+def test_a_wanted_size_is_height_by_width_and_zero_is_the_models_own(pipe):
+    tall = generate(pipe, ["a dog"], [0], height=32, width=16, **SAMPLING)
+    assert tall.shape == (1, 32, 16, 3)
+    own = arguments_of(pipe, ["a dog"], {"height": 0, "width": 0, "guidance_scale": 2.0})
+    assert own == {"prompt": ["a dog"], "guidance_scale": 2.0}
+
+
+@pytest.mark.parametrize(
+    "size, named",
+    [
+        ({"height": 128}, "width is 0"),
+        ({"height": 0, "width": 16}, "height is 0"),
+        ({"height": -16, "width": 16}, "height is -16"),
+        ({"height": 16, "width": 16.5}, "width is 16.5"),
+        ({"height": 16, "width": 17}, "width is 17"),
+        ({"height": 16, "width": "16"}, "width is '16'"),
+        ({"height": 12, "width": 16}, "divisible by 8 but are 12"),  # diffusers' own
+    ],
+)
+def test_a_size_that_cannot_be_drawn_is_named_before_anything_is_computed(
+    pipe, monkeypatch, size, named
+):
+    monkeypatch.setattr(pipe, "encode_prompt", None)
+    with pytest.raises(ValueError, match=named):
+        generate(pipe, ["a dog"], [0], **size, **SAMPLING)
+
+
+def test_a_size_that_would_be_rounded_down_is_refused():
+    with pytest.raises(ValueError, match="height is 18; .*multiple of 4"):
+        generate(built("flux"), ["a dog"], [0], height=18, width=16, **SAMPLING)
+
+
+@pytest.mark.parametrize(
+    "model, option", [("sd1", "true_cfg_scale"), ("dit", "height"), ("ddpm", "negative_prompt")]
+)
+def test_an_argument_that_the_pipeline_does_not_take_is_named(model, option):
+    with pytest.raises(ValueError, match=f"sampling is '{option}'; .*num_inference_steps"):
+        generate(built(model), ["1"], [0], **SAMPLING | {option: 16})
+
+
+def test_classes_are_given_by_number_or_name():
+    asked = arguments_of(built("dit"), ["goldfish", "1", "Carassius"], {})
+    assert asked == {"class_labels": [1, 1, 1]}
+
+
+def test_an_unconditional_pipeline_is_asked_for_a_number_of_images():
+    asked = arguments_of(built("ddpm"), ["a", "b"], SAMPLING)
+    assert asked == {"batch_size": 2, "num_inference_steps": 3}
+
+
+def test_one_negative_prompt_is_for_every_image(pipe):
+    one, two = (arguments_of(pipe, ["a", "b"], {"negative_prompt": n}) for n in ("c", ["c", "c"]))
+    assert one == two and one["negative_prompt"] == ["c", "c"]
+
+
+@pytest.mark.parametrize("given", ["PIL", "array", "tensor"])
+def test_one_image_is_for_every_prompt_and_none_depends_on_its_batch(pipe, given):
+    parts = {k: v for k, v in pipe.components.items() if k != "image_encoder"}
+    inpaint = StableDiffusionInpaintPipeline(**parts, requires_safety_checker=False)
+    image = torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(0))
+    mask = torch.ones(16, 16).tril()
+    if given != "tensor":
+        image, mask = image.permute(1, 2, 0).numpy(), mask.numpy()
+    if given == "PIL":
+        image, mask = (Image.fromarray((255 * t).astype(np.uint8)) for t in (image, mask))
+    options = {"image": image, "mask_image": mask, "height": 16, "width": 16, "strength": 0.7}
+    together = generate(inpaint, ["a dog", "two cats"], [0, 1], **options | SAMPLING)
+    alone = generate(inpaint, ["two cats"], [1], **options | SAMPLING)
+    np.testing.assert_allclose(together[1], alone[0], atol=1e-4)
+
+
+# --- noise --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "scheduler_class, options",
+    [
+        (DDPMScheduler, {"clip_sample": False}),
+        (EulerAncestralDiscreteScheduler, {}),
+        (LCMScheduler, {}),
+        (DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}),
+    ],
+)
+def test_noise_that_schedulers_add_follows_the_seeds(pipe, monkeypatch, scheduler_class, options):
+    made = scheduler_class.from_config(pipe.scheduler.config, **options)
+    monkeypatch.setattr(pipe, "scheduler", made)
+    first, again = (generate(pipe, ["a dog"], [0], **SAMPLING) for _ in range(2))
+    assert np.array_equal(first, again)
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [FlowMatchEulerDiscreteScheduler(stochastic_sampling=True), FlowMatchLCMScheduler()],
+)
+def test_a_scheduler_that_draws_from_the_global_generator_is_refused(monkeypatch, scheduler):
+    pipe = built("sd3")
+    monkeypatch.setattr(pipe, "scheduler", scheduler)
+    with pytest.raises(ValueError, match=f"scheduler is '{type(scheduler).__name__}'"):
+        generate(pipe, ["a dog"], [0], **SAMPLING)
+
+
+# --- pipelines of other kinds -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("classes", [None, 10])
+def test_a_consistency_model_makes_one_image_a_seed_with_classes_or_without(classes):
+    unet = built("ddpm").unet
+    made = type(unet).from_config(unet.config, num_class_embeds=classes).eval()
+    pipe = ConsistencyModelPipeline(made, CMStochasticIterativeScheduler())
+    images = generate(pipe, ["1", "2", "1"], [3, 3, 4], num_inference_steps=2)
+    assert images.shape == (3, 8, 8, 3) and not np.array_equal(images[0], images[2])
+    assert np.array_equal(images[0], images[1]) == (classes is None)
+    if classes:
+        with pytest.raises(ValueError, match="class is 'red'"):
+            generate(pipe, ["red"], [3], num_inference_steps=2)
+
+
+def test_a_pipeline_that_hands_out_no_images_is_named():
+    class Film:
+        components, scheduler = {}, None
+
+        def set_progress_bar_config(self, **_):
+            pass
+
+        def __call__(self, prompt, generator, output_type):
+            return {"frames": prompt}
+
+    with pytest.raises(ValueError, match="model is 'Film'; .*frames"):
+        generate(Film(), ["a dog"], [0])
+
+
+def test_images_are_float32_or_the_dtype_is_named():
+    half = pipelines.stable_diffusion().to(torch.bfloat16)
+    assert generate(half, ["a dog"], [0], **SAMPLING).dtype == np.float32
+    with pytest.raises(ValueError, match="dtype is 'bfloat16'; .*DDPMPipeline"):
+        generate(pipelines.ddpm().to(torch.bfloat16), ["a dog"], [0], **SAMPLING)
