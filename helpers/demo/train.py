@@ -1,0 +1,263 @@
+"""Training the demo model: the autoencoder on drawn scenes, then the denoiser on its latents.
+
+Text encoder and U-Net are trained together. Every batch is drawn from a generator seeded with
+(seed, step), so a training that was stopped goes on, from its checkpoint, as if it had not been.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn import Module, ModuleList
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm.auto import tqdm
+
+from helpers.checks import in_range, refuse
+from helpers.demo import world
+from helpers.demo.model import MAX_TOKENS, encode, to_model
+from helpers.files import load_tensors, save_tensors
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How a network is trained; a checkpoint made with another schedule is refused."""
+
+    steps: int
+    """Batches in all."""
+    batch_size: int
+    """Scenes, or latents, in one of them."""
+    seed: int = 0
+    """What batches and noise are drawn with, together with the step."""
+    learning_rate: float = 1e-3
+    """Peak: reached after 200 steps, then a cosine down to 1 % of it."""
+
+    def __post_init__(self):
+        in_range("steps", self.steps, 1)
+        in_range("batch_size", self.batch_size, 1)
+        in_range("learning_rate", self.learning_rate, 1e-8, 1)
+
+    def rate(self, step: int, warmup: int = 200) -> float:
+        """Learning rate of a step."""
+        if step < warmup:
+            return self.learning_rate * (step + 1) / warmup
+        done = (step - warmup) / max(1, self.steps - warmup)
+        return self.learning_rate * (0.505 + 0.495 * math.cos(math.pi * done))
+
+
+# --- what is trained ----------------------------------------------------------------------------
+
+
+def train_autoencoder(pipe, schedule: Schedule, checkpoint) -> tuple[np.ndarray, float]:
+    """Train `pipe.vae` on freshly drawn scenes, then set its `scaling_factor`.
+
+    The loss is the mean absolute error, objects counted five times, plus 5e-4 times the mean KL
+    divergence. The factor is 1 / standard deviation of the latents. Returns what `train` returns.
+    """
+    vae = pipe.vae.train()
+
+    def loss_of(step):
+        rng = np.random.default_rng([schedule.seed, 1, step])
+        torch.manual_seed(schedule.seed * 1_000_003 + step)
+        images, masks = world.render(world.sample(schedule.batch_size, rng, ("train",)), rng)
+        x = to_model(images).to(vae.device)
+        weight = 1 + 4 * torch.from_numpy(masks.max(axis=1, keepdims=True)).to(vae.device)
+        with _autocast(vae.device):
+            posterior = vae.encode(x).latent_dist
+            x_hat = vae.decode(posterior.sample()).sample
+        mean, logvar = posterior.mean.float(), posterior.logvar.float()
+        kl = 0.5 * (mean**2 + posterior.var.float() - 1 - logvar).mean()
+        return ((x_hat.float() - x).abs() * weight).mean() + 5e-4 * kl
+
+    result = train(ModuleList([vae]), loss_of, schedule, checkpoint, every=200, ema_decay=0.998)
+    vae.eval()
+    rng = np.random.default_rng([schedule.seed, 2])
+    latents = encode(vae, world.render(world.sample(256, rng, ("train",)), rng)[0])
+    vae.register_to_config(scaling_factor=float(1 / latents.std()))
+    return result
+
+
+def cache_latents(pipe, n: int, path, seed: int = 0) -> tuple[torch.Tensor, list[str]]:
+    """Draw n training scenes and encode them, once, into a file.
+
+    Returns
+    -------
+    latents : Float16[Tensor, "n 4 16 16"], scaled
+    captions : list of str
+    """
+    in_range("n", n, 1)
+    rng = np.random.default_rng([seed, 3])
+    scenes = world.sample(n, rng, ("train",))
+    path = Path(path)
+    if not path.exists():
+        parts = []
+        for i in tqdm(range(0, n, 512), desc="encoding scenes"):
+            images, _ = world.render(scenes[i : i + 512], rng)
+            with _autocast(pipe.vae.device):
+                parts.append((encode(pipe.vae, images) * pipe.vae.config.scaling_factor).half())
+        save_tensors(path, {"latents": torch.cat(parts)}, {"seed": seed})
+    tensors, record = load_tensors(path)
+    _refuse_others(path, record | {"n": len(tensors["latents"])}, {"n": n, "seed": seed})
+    return tensors["latents"], [world.caption(s) for s in scenes]
+
+
+def train_denoiser(
+    pipe, latents, captions, schedule: Schedule, checkpoint, *, drop_caption=0.1, layout_from=1750
+) -> tuple[np.ndarray, float]:
+    """Train text encoder and U-Net to predict the noise in `latents`, (n, 4, 16, 16), scaled.
+
+    A share `drop_caption` of the captions is replaced by the empty one, for classifier-free
+    guidance. The error at a timestep of signal-to-noise ratio SNR is weighted by
+    min(SNR + floor, 5) / SNR: Min-SNR-5 (Hang et al. 2023, arXiv:2303.09556) with a floor, without
+    which the layout, decided at SNR < 0.1, is hardly learnt. The floor is 0.1, and 1 from step
+    `layout_from` on. Returns what `train` returns.
+    """
+    in_range("drop_caption", drop_caption, 0, 1)
+    in_range("layout_from", layout_from, 0)
+    if len(latents) != len(captions):
+        refuse("number of captions", len(captions), f"that of the latents, {len(latents)}")
+    unet, text_encoder = pipe.unet.train(), pipe.text_encoder.train()
+    padding = {"padding": "max_length", "max_length": MAX_TOKENS, "truncation": True}
+    ids = pipe.tokenizer([*captions, ""], return_tensors="pt", **padding).input_ids
+    alphas = pipe.scheduler.alphas_cumprod
+    snr = alphas / (1 - alphas)
+    weights = [(snr + floor).clamp(max=5) / snr for floor in (0.1, 1.0)]
+    device, n = unet.device, schedule.batch_size
+
+    def loss_of(step):
+        g = torch.Generator().manual_seed(schedule.seed * 1_000_003 + step)
+        pick = torch.randint(len(captions), (n,), generator=g)
+        timesteps = torch.randint(len(alphas), (n,), generator=g)
+        noise = torch.randn((n, *latents.shape[1:]), generator=g)
+        dropped = torch.rand(n, generator=g) < drop_caption
+        noisy = pipe.scheduler.add_noise(latents[pick].float(), noise, timesteps)
+        context = text_encoder(torch.where(dropped[:, None], ids[-1], ids[pick]).to(device))[0]
+        with _autocast(device):
+            predicted = unet(noisy.to(device), timesteps.to(device), context).sample
+        error = (predicted.float() - noise.to(device)).pow(2).mean((1, 2, 3))
+        return (weights[step >= layout_from][timesteps].to(device) * error).mean()
+
+    network = ModuleList([text_encoder, unet])
+    result = train(network, loss_of, schedule, checkpoint, every=250, ema_decay=0.999)
+    network.eval()
+    return result
+
+
+def _autocast(device: torch.device):
+    """bfloat16 on a CPU, and on a CUDA card that has it in hardware; float32 elsewhere."""
+    has_it = device.type == "cpu" or (
+        device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    )
+    return torch.autocast(device.type, torch.bfloat16, enabled=has_it)
+
+
+# --- the loop -----------------------------------------------------------------------------------
+
+
+def train(
+    network: Module, loss_of, schedule: Schedule, checkpoint, *, every: int, ema_decay: float
+) -> tuple[np.ndarray, float]:
+    """AdamW on `loss_of(step)`, with clipped gradients, averaged weights and checkpoints.
+
+    Parameters
+    ----------
+    checkpoint : path
+        File written every `every` steps; if it is there, training goes on from it.
+    ema_decay : float
+        Of the exponential moving average of the weights, which `network` is left with; the first
+        steps, in which it would remember the initial weights, decay faster.
+
+    Returns
+    -------
+    Losses, (step,), and the seconds spent, with those before the checkpoint.
+
+    Raises
+    ------
+    ValueError
+        The checkpoint was made with another schedule.
+    FloatingPointError
+        The loss is not finite.
+    """
+    checkpoint = Path(checkpoint)
+    average = AveragedModel(network, multi_avg_fn=_ema(ema_decay))
+    average.update_parameters(network)  # copies: the initial weights take part in the average
+    optimiser = torch.optim.AdamW(
+        network.parameters(), lr=schedule.learning_rate, weight_decay=0.01, betas=(0.9, 0.99)
+    )
+    losses, seconds = [], 0.0
+    if checkpoint.exists():
+        losses, seconds = _restore(checkpoint, schedule, network, average, optimiser)
+    bar = tqdm(desc=checkpoint.stem, total=schedule.steps, initial=len(losses), mininterval=2)
+    for step in range(len(losses), schedule.steps):
+        start = time.perf_counter()
+        optimiser.param_groups[0]["lr"] = schedule.rate(step)
+        loss = loss_of(step)
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimiser.step()
+        average.update_parameters(network)
+        losses.append(loss.item())
+        if not math.isfinite(losses[-1]):
+            raise FloatingPointError(f"{checkpoint.stem}: the loss is {losses[-1]} at step {step}")
+        seconds += time.perf_counter() - start
+        bar.update()
+        if (step + 1) % every == 0 or step + 1 == schedule.steps:
+            bar.set_postfix(loss=f"{np.mean(losses[-every:]):.4f}")
+            _save(checkpoint, schedule, network, average, optimiser, losses, seconds)
+    network.load_state_dict(average.module.state_dict())
+    return np.array(losses), seconds
+
+
+def _ema(decay: float):
+    """Averaging for `AveragedModel`, with a decay of n / (n + 9) at step n, at most `decay`."""
+
+    def update(averaged, current, n):
+        get_ema_multi_avg_fn(min(decay, int(n) / (int(n) + 9)))(averaged, current, n)
+
+    return update
+
+
+def _save(path, schedule, network, average, optimiser, losses, seconds) -> None:
+    tensors = {"losses": torch.tensor(losses)}
+    for (name, weight), mean in zip(network.named_parameters(), average.module.parameters()):
+        state = optimiser.state.get(weight, {})  # empty for a weight that no loss has reached
+        tensors |= {
+            f"weight.{name}": weight,
+            f"average.{name}": mean,
+            f"first.{name}": state.get("exp_avg", torch.zeros_like(weight)),
+            f"second.{name}": state.get("exp_avg_sq", torch.zeros_like(weight)),
+        }
+    save_tensors(path, tensors, asdict(schedule) | {"seconds": seconds})
+
+
+def _restore(path, schedule, network, average, optimiser) -> tuple[list[float], float]:
+    """Put a checkpoint's state in place; returns its losses and seconds."""
+    saved, record = load_tensors(path)
+    _refuse_others(path, record, asdict(schedule))
+    losses = saved["losses"].tolist()
+    state = {}
+    named = zip(network.named_parameters(), average.module.parameters())
+    for i, ((name, weight), mean) in enumerate(named):
+        weight.data.copy_(saved[f"weight.{name}"])
+        mean.data.copy_(saved[f"average.{name}"])
+        state[i] = {
+            "step": torch.tensor(float(len(losses))),
+            "exp_avg": saved[f"first.{name}"],
+            "exp_avg_sq": saved[f"second.{name}"],
+        }
+    groups = optimiser.state_dict()["param_groups"]
+    optimiser.load_state_dict({"state": state, "param_groups": groups})
+    average.n_averaged.fill_(len(losses) + 1)
+    return losses, record["seconds"]
+
+
+def _refuse_others(path: Path, record: dict, wanted: dict) -> None:
+    """ValueError, naming the parameter, if a file was made with another value of it."""
+    for name, value in wanted.items():
+        if record.get(name, value) != value:
+            refuse(name, value, f"{record[name]!r}, as in {path.name}, or give another run")
