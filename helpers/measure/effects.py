@@ -1,0 +1,128 @@
+"""What steering did to images, against the same images without it.
+
+What counts as success comes from a truth (`helpers.demo.truth.Scenes`, `helpers.measure.words.
+Words`); where it reads nothing, what is left to measure is how much the pixels changed, inside and
+outside the steered region.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from helpers.measure import metrics
+
+GAIN = "success × kept"
+ALL = "all targets"
+
+
+def upsample(weights: np.ndarray, grid: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
+    """Weights of tokens, (image, token), at every pixel: float, (image, height, width).
+
+    A pixel has the weight of the token that holds its centre, also where the grid does not divide
+    the image.
+    """
+    values = torch.from_numpy(np.asarray(weights, float)).unflatten(1, tuple(grid))[:, None]
+    return torch.nn.functional.interpolate(values, size, mode="nearest-exact")[:, 0].numpy()
+
+
+def measure(truth, target: str, before, after, weights, grid) -> dict:
+    """What steering did to each image.
+
+    Parameters
+    ----------
+    before, after : float, (image, height, width, 3)
+    weights : float, (image, token)
+        The region that was steered, or that the target belongs to.
+
+    Returns
+    -------
+    dict
+        What the truth says of the outcome, each (image,), with 'success × kept'; nothing where it
+        reads nothing. 'inside' and 'outside': sums of absolute pixel change and of weights.
+    """
+    outcome = dict(truth.outcome(target, before, after))
+    if outcome:
+        outcome[GAIN] = outcome["success"] * outcome["kept"]
+    change = abs(after - before).mean(-1)
+    pixels = upsample(weights, grid, before.shape[1:3])
+    for name, w in (("inside", pixels), ("outside", 1 - pixels)):
+        outcome[name] = ((change * w).sum((1, 2)), w.sum((1, 2)))
+    return outcome
+
+
+def summary(measured: dict) -> dict[str, metrics.Estimate]:
+    """Estimates of what `measure` gives: ratios of sums, else shares of images."""
+    return {
+        name: metrics.ratio(*value) if isinstance(value, tuple) else metrics.share(value)
+        for name, value in measured.items()
+    }
+
+
+def joined(measured: list[dict]) -> dict:
+    """What `measure` gives for several targets as if for one, as far as all have it."""
+    names = [n for n in measured[0] if all(n in m for m in measured)]
+    return {
+        name: tuple(np.concatenate(v) for v in zip(*(m[name] for m in measured)))
+        if isinstance(measured[0][name], tuple)
+        else np.concatenate([m[name] for m in measured])
+        for name in names
+    }
+
+
+def headline(summarised: dict) -> tuple[str, str]:
+    """What is wanted and what is not: success and kept, or pixel change inside and outside."""
+    return ("success", "kept") if "success" in summarised else ("inside", "outside")
+
+
+def best_strength(response: dict[float, dict]) -> float:
+    """The strength, of those summarised, with the most success × kept; of equals the weakest.
+
+    The middle one where nothing can be judged.
+    """
+    strengths = sorted(response)
+    if GAIN not in response[strengths[0]]:
+        return strengths[len(strengths) // 2]
+    return max(strengths, key=lambda s: (response[s][GAIN].value, -s))
+
+
+def edge(strength: float, strengths: list[float]) -> str:
+    """Words for a strength at an end of those tried, beyond which a better one may lie; or ''."""
+    ends = {min(strengths): "the weakest tried", max(strengths): "the strongest tried"}
+    return ends.get(strength, "") if len(set(strengths)) > 1 else ""
+
+
+def compared(measured: dict[tuple[str, str], dict], ours: str) -> dict:
+    """Success × kept of our direction less each rival's, paired by image.
+
+    Parameters
+    ----------
+    measured : dict of (target, direction) -> what `measure` gives, of the same images
+
+    Returns
+    -------
+    dict of (target, rival) -> Estimate, and of ('all targets', rival), over the images of all;
+    empty where nothing can be judged.
+    """
+    pairs: dict[tuple[str, str], tuple] = {}
+    for (target, rival), theirs in measured.items():
+        if rival != ours and GAIN in theirs:
+            pairs[target, rival] = (measured[target, ours][GAIN], theirs[GAIN])
+    for rival in dict.fromkeys(r for _, r in pairs):
+        own = [pair for (_, r), pair in pairs.items() if r == rival]
+        pairs[ALL, rival] = tuple(np.concatenate(side) for side in zip(*own))
+    return {key: metrics.paired(*pair) for key, pair in pairs.items()}
+
+
+def verdicts(differences: dict) -> dict[str, dict]:
+    """For each rival of `compared`: how many targets we are ahead or behind on, and by how much."""
+    found: dict[str, dict] = {}
+    for rival in dict.fromkeys(r for _, r in differences):
+        each = [e for (t, r), e in differences.items() if r == rival and t != ALL]
+        found[rival] = {
+            "ahead": sum(e.low > 0 for e in each),
+            "behind": sum(e.high < 0 for e in each),
+            "of": len(each),
+            "difference": differences[ALL, rival],
+        }
+    return found

@@ -1,0 +1,182 @@
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import SAMPLING, TOKENS, some_predictors
+
+from helpers import coordinates, dictionary, sae, steering
+from helpers.hooks import Tap
+from helpers.measure import experiment
+from helpers.measure.experiment import Pool, Push
+from helpers.measure.labels import Labels
+from helpers.measure.words import Words
+from helpers.pipelines.generate import generate
+
+STORE = SimpleNamespace(tap=Tap(TOKENS), steps=[0, 2], grid=(4, 4), sampling=SAMPLING)
+SEEDS = [3, 4, 5, 6]
+
+
+@pytest.fixture(scope="module")
+def residual():
+    return coordinates.residual(some_predictors(2, 32))
+
+
+@pytest.fixture(scope="module")
+def pool(pipe, prompts):
+    return Pool.make(pipe, STORE, prompts[:4], SEEDS, batch_size=3)
+
+
+@pytest.fixture
+def lab(pipe, residual, pool):
+    u = torch.randn(3, 2, 32, generator=torch.Generator().manual_seed(0))
+    return experiment.Experiment(
+        *(pipe, STORE, residual, Words(), pool),
+        directions={("a", "one"): u[0], ("a", "two"): u[1], ("b", "one"): u[2]},
+        weights={"a": np.linspace(0, 1, 64).reshape(4, 16), "b": np.ones((4, 16))},
+        batch_size=3,
+    )
+
+
+def by_hand(lab, push, i):
+    """An image made alone, by a plain call of `steer`."""
+    delta = steering.addition(
+        lab.directions[push.target, push.direction], lab.coordinates, [0, 2], 3, push.strength
+    )
+    mask = np.ones(16) if push.everywhere else lab.weights[push.target][i]
+    where = (lab.pipe, [lab.pool.prompts[i]], [SEEDS[i]], STORE.tap)
+    mask = torch.from_numpy(mask).float()
+    return steering.steer(*where, delta, mask=mask, window=push.window, **SAMPLING)[0]
+
+
+def test_a_pool_is_generated_and_recorded(pipe, prompts, pool):
+    plain = generate(pipe, prompts[:4], SEEDS, **SAMPLING)
+    np.testing.assert_allclose(pool.images, plain, atol=1e-5)
+    assert pool.h.shape == (4, 2, 16, 32)
+
+
+def test_images_of_one_batch_are_each_steered_their_own_way(lab):
+    pushes = [
+        Push("a", "one", 2.0),
+        Push("a", "two", 1.0, window=(1, 1)),
+        Push("b", "one", 4.0, everywhere=True),
+        Push("a", "one", 1.0, everywhere=True),
+    ]
+    lab.make({push: [1, 3] for push in pushes})
+    for push in pushes:
+        for image, i in zip(lab.images(push, [1, 3]), (1, 3)):
+            np.testing.assert_allclose(image, by_hand(lab, push, i), atol=1e-5)
+            assert abs(image - lab.pool.images[i]).max() > 1e-4
+
+
+def test_nothing_is_made_twice(lab, monkeypatch):
+    push, batches = Push("a", "one", 2.0), []
+    steer = steering.steer
+    monkeypatch.setattr(
+        steering,
+        "steer",
+        lambda pipe, texts, *a, **k: batches.append(len(texts)) or steer(pipe, texts, *a, **k),
+    )
+    lab.make({push: [0, 1], Push("a", "two", 2.0): [0, 1, 1]})
+    lab.images(push, [1, 0, 1])
+    lab.images(push, [2, 0])
+    assert batches == [3, 1, 1] and lab.n_made == 4 + 5
+
+
+def test_adding_nothing_changes_nothing(lab):
+    lab.weights["a"] = np.zeros((4, 16))
+    np.testing.assert_allclose(
+        lab.images(Push("a", "one", 8.0), [0, 1]), lab.pool.images[:2], atol=1e-5
+    )
+    found = lab.measure(Push("a", "one", 8.0, everywhere=True), [0, 1])
+    assert (found["outside"][0] > 0).all() and (found["inside"][1] == 0).all()
+
+
+def some_dictionary(residual):
+    coder = sae.SAE(residual.d_in, 20, 8)
+    return dictionary.Dictionary("test", residual, coder)
+
+
+def test_taking_latents_out_takes_away_what_they_add(lab, residual):
+    trained = some_dictionary(residual)
+    x = residual.standardise(lab.pool.h[[0, 2]].transpose(1, 2))
+    z = trained.codes(x)
+    latents = z.sum((0, 1)).topk(3).indices.tolist()
+    others = z.clone()
+    others[..., latents] = 0
+    change = (trained.rebuild(others) - trained.rebuild(z)) * residual.scale[:, None]
+    delta = steering.at_every_step(change.permute(2, 0, 1, 3), [0, 2], 3)
+    texts, seeds = [lab.pool.prompts[i] for i in (0, 2)], [SEEDS[i] for i in (0, 2)]
+    expected = steering.steer(lab.pipe, texts, seeds, STORE.tap, delta, **SAMPLING)
+    found = lab.without_latents([0, 2], trained, latents)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    assert abs(found - lab.pool.images[[0, 2]]).max() > 1e-3
+
+
+def test_projecting_out_a_difference_of_class_means(lab, residual):
+    lab.weights["a"] = np.ones((4, 16))
+    having, lacking = torch.randn(2, 2, 32)
+    means = experiment.ClassMeans(having, lacking)
+    seen = []
+    project = steering.project_out
+
+    def heard(pipe, texts, seeds, tap, direction, centre, **settings):
+        seen.append((direction, centre, settings["amount"]))
+        return project(pipe, texts, seeds, tap, direction, centre, **settings)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(steering, "project_out", heard)
+        images = lab.without_direction("a", [1], means, amount=2.0)
+    direction, centre, amount = seen[0]
+    assert amount == 2.0 and abs(images - lab.pool.images[[1]]).max() > 1e-4
+    raw = residual.unstandardise(torch.stack([having, lacking]))
+    torch.testing.assert_close(direction[[0, 2]], raw[0] - raw[1])
+    torch.testing.assert_close(centre[[0, 2]], raw[1])
+    torch.testing.assert_close(centre[1], raw[1].mean(0))
+
+
+def test_latents_are_aligned_by_the_cosine_over_the_whole_trajectory():
+    direction = torch.tensor([[1.0, 0], [1, 0]])
+    u = torch.stack([direction * 7, torch.tensor([[1.0, 0], [0, 0]]), -direction])
+    assert experiment.aligned(u, direction, 0.9) == [0]
+    assert experiment.aligned(u, direction, 0.7) == [0, 1]
+
+
+def test_class_means_worked_by_hand(residual):
+    names = ["colour=red", "colour=blue", "background=sky", "colour=green"]
+    owner = np.array([[0, 1, 2, -1], [3, 3, 4, 4]])
+    has = np.zeros((5, 4), bool)
+    has[0, 0] = has[1, 1] = has[3, 0] = has[2, 2] = True
+    labels = Labels(names, owner, has, np.array([0, 0, 1, 0, 1]))
+    h = torch.randn(2, 2, 4, 32)
+    found = experiment.class_means(iter(h.split(1)), labels, names, residual)
+    x = residual.standardise(h.transpose(1, 2))  # (image, token, step, channel)
+    assert list(found) == ["colour=red", "colour=blue", "background=sky"]
+    red = (x[0, 0] + x[1, 0] + x[1, 1]) / 3
+    torch.testing.assert_close(found["colour=red"].having, red)
+    torch.testing.assert_close(found["colour=red"].lacking, x[0, 1])
+    torch.testing.assert_close(found["colour=red"].difference, red - x[0, 1])
+    torch.testing.assert_close(found["background=sky"].lacking, (x[1, 2] + x[1, 3]) / 2)
+
+
+BEST = {
+    f"{label}": {
+        "residual": 0,
+        "raw": 1,
+        "validation_auroc": {"residual": a, "raw": b, "neurons": 1},
+    }
+    for label, a, b in (
+        ("colour=red", 0.6, 0.9),
+        ("colour=blue", 0.8, 0.8),
+        ("shape=cross", 0.5, 0.5),
+        ("background=sky", 0.9, 0.9),
+    )
+}
+
+
+def test_targets_are_the_best_detected_each_of_another_attribute():
+    assert experiment.choose_targets(BEST, [], 2) == ["background=sky", "colour=blue"]
+    given = ["colour=red", "colour=blue", "colour=red"]
+    assert experiment.choose_targets(BEST, given, 1) == ["colour=red", "colour=blue"]
+    with pytest.raises(ValueError, match="targets is 'colour=rad'.*colour=red"):
+        experiment.choose_targets(BEST, ["colour=rad"], 1)
