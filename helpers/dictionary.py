@@ -114,13 +114,10 @@ class Dictionary(torch.nn.Module):
         return (z != 0).sum(-1)
 
     def calibrate(self, x: torch.Tensor) -> Dictionary:
-        """Set a sparse coder's threshold for k on held-out x, (n, S, d); returns itself.
-
-        A coder that reads single steps takes as many of them as there are trajectories.
-        """
+        """Set a sparse coder's threshold for k on held-out x, (n, S, d); returns itself."""
         if self.coder.sparse:
             y = self.coordinates.residualize(x).reshape(-1, self.coder.d_in)
-            self.coder.set_threshold(y[: len(x)])
+            self.coder.set_threshold(y)
         return self
 
     def save(self, path: str | Path, record: dict | None = None) -> None:
