@@ -118,14 +118,19 @@ class Run:
         return self._trained[0]
 
     @property
+    def record(self) -> dict:
+        """What notebook 03 wrote beside its dictionary: config, history, block_exponent."""
+        return self._trained[1]
+
+    @property
     def config(self) -> TrainConfig:
         """The training configuration of notebook 03."""
-        return TrainConfig(**self._trained[1]["config"])
+        return TrainConfig(**self.record["config"])
 
     @property
     def history(self) -> History:
         """How the training of notebook 03 went."""
-        return History(**self._trained[1]["history"])
+        return History(**self.record["history"])
 
     def baseline(self, name: str) -> Dictionary:
         """A dictionary that notebook 04 made beside that of 03, such as "raw concat"."""
