@@ -1,6 +1,5 @@
-"""Stable Diffusion 1.5's true architecture at full size, random weights, through notebooks 01 to 06: `make slow`."""
+"""Stable Diffusion 1.5 at full size, random weights, through notebooks 01 to 06: `make slow`."""
 
-import re
 import resource
 
 import pytest
@@ -12,10 +11,18 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from helpers import files
 from helpers.demo.model import build_tokenizer
-from helpers.run import estimate
-from helpers.run import folder as runs
+from helpers.run.estimate import estimate
+from helpers.run.parameters import analysis_notebooks, parameters_for, parameters_of
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.process]
+SMALL = {
+    **{"dtype": "float32", "n_train": 2, "n_validation": 2, "n_test": 2, "batch_size": 2},
+    **{"num_inference_steps": 3, "n_keep": 3, "hookpoint": "mid_block.attentions.0"},
+    **{"height": 128, "width": 192, "n_timings": 1, "n_shuffles": 2},
+    **{"n_latents": 512, "k": 8, "n_updates": 4, "sae_batch_size": 8},
+    **{"ablate_k": [4], "ablate_n_latents": [256], "ablate_n_keep": [2], "n_replaced": 1},
+    **{"n_steered": 2, "strengths": [2.0]},
+}
 
 
 @pytest.fixture(scope="module")
@@ -59,62 +66,26 @@ def full_size():
 @pytest.mark.parametrize("name", ["sd15", "sd15-small"])
 def test_estimate_at_full_size(full_size, name):
     assert round(sum(p.numel() for p in full_size.unet.parameters()) / 1e6) == 860  # as published
-    said = estimate.estimate(name, full_size)
-    p = runs.parameters_for("01", name)
-    assert (
-        said["activations on disk"]
-        == (p["n_train"] + p["n_validation"] + p["n_test"]) * 5 * 64 * 1280 * 2
-    )
-    assert said["dimensions"] == 6400 and hooks_on(full_size.unet) == 0
-    print(f"\n{name}\n{estimate.say(said)}")
+    needs, p = estimate(name, full_size), parameters_for("01", name)
+    n_images = p["n_train"] + p["n_validation"] + p["n_test"]
+    assert needs.activations_on_disk_bytes == n_images * 5 * 64 * 1280 * 2
+    assert needs.numbers_a_trajectory == 6400 and hooks_on(full_size.unet) == 0
+    print(f"\n{name}\n{needs}")
 
 
 def test_notebooks_at_full_size(full_size, tmp_path, capsys):
     full_size.to(torch.float16).save_pretrained(tmp_path / "model")
     (tmp_path / "prompts.txt").write_text("a lighthouse in a storm\na bowl of ripe cherries\n" * 3)
-    values = {
-        "run": str(tmp_path / "run"),
-        "model": str(tmp_path / "model"),
-        "prompts": str(tmp_path / "prompts.txt"),
-        "dtype": "float32",
-        "n_train": 2,
-        "n_validation": 2,
-        "n_test": 2,
-        "num_inference_steps": 3,
-        "n_keep": 3,
-        "hookpoint": "mid_block.attentions.0",
-        "height": 128,
-        "width": 192,
-        "batch_size": 2,
-        "n_timings": 1,
-        "n_latents": 512,
-        "k": 8,
-        "n_updates": 4,
-        "sae_batch_size": 8,
-        "n_updates_ablation": 2,
-        "ablate_k": [4],
-        "ablate_n_latents": [256],
-        "ablate_n_keep": [2],
-        "n_replaced": 1,
-        "n_steered": 2,
-        "strengths": [2.0],
-        "n_shuffles": 2,
-    }
-    for notebook in runs.analysis_notebooks():
-        known = runs.parameters_of(notebook)
-        done = papermill(
-            tmp_path, notebook.stem[:2], **{k: v for k, v in values.items() if k in known}
-        )
+    places = {name: str(tmp_path / name) for name in ("run", "model")}
+    values = SMALL | places | {"prompts": str(tmp_path / "prompts.txt")}
+    for notebook in analysis_notebooks():
+        known = parameters_of(notebook)
+        given = {name: value for name, value in values.items() if name in known}
+        done = papermill(tmp_path, notebook.stem[:2], **given)
         assert done.returncode == 0, done.stderr[-2000:]
     manifest = files.load_json(tmp_path / "run" / "trajectories" / "manifest.json")
-    assert (manifest["grid"], manifest["channels"]) == ([2, 3], 1280) and len(
-        manifest["timesteps"]
-    ) == 3
-    shown = (tmp_path / "03.ipynb").read_text()
+    assert (manifest["grid"], manifest["channels"]) == ([2, 3], 1280)
+    assert len(manifest["timesteps"]) == 3
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6
     with capsys.disabled():
-        print(
-            "\npeak memory of a notebook:",
-            f"{resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6:.2f} GB;",
-            re.search(r"so far ([^\\]+)", shown)[1],
-            "in 03",
-        )
+        print(f"\npeak memory of a notebook: {peak:.2f} GB")
