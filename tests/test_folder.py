@@ -160,19 +160,20 @@ def test_a_file_that_is_not_there_is_named(written):
 @pytest.mark.parametrize(
     "record, kept", [({"k": 4}, False), ({"k": 5}, True), ({"k": 4, "new": 1}, True)]
 )
-def test_a_file_made_otherwise_is_moved_aside_not_lost(tmp_path, record, kept):
-    path = tmp_path / "sae.safetensors"
+def test_a_file_made_otherwise_is_moved_aside_not_lost(project, record, kept):
+    run, path = Run("03_train", namespace()), project / "sae.safetensors"
     files.save_tensors(path, {"x": torch.ones(2)}, {"k": 4, "seed": 0})
     before = path.read_bytes()
-    aside = folder.keep_other(path, record)
+    aside = run.keep_other(path, record)
     assert (aside is not None) == kept
     assert (aside if kept else path).read_bytes() == before and path.exists() != kept
 
 
-def test_there_is_nothing_to_keep_of_an_absent_or_damaged_file(tmp_path):
-    (tmp_path / "damaged").write_bytes(b"x")
-    assert folder.keep_other(tmp_path / "absent", {"k": 1}) is None
-    assert folder.keep_other(tmp_path / "damaged", {"k": 1}) is None
+def test_there_is_nothing_to_keep_of_an_absent_or_damaged_file(project):
+    run = Run("03_train", namespace())
+    (project / "damaged").write_bytes(b"x")
+    for name in ("absent", "damaged"):
+        assert run.keep_other(project / name, {"k": 1}) is None
 
 
 # --- folders ---

@@ -162,15 +162,26 @@ class Run:
         return found.to(self.device), record
 
     def _hold(self, record: dict, what: str, notebook: str) -> None:
-        require_same(record, what, self.path(what), notebook)
+        """ValueError if a record names another version of a file than the one that stands there."""
+        path = self.path(what)
+        if record.get(what) != fingerprint(path):
+            raise ValueError(
+                f"{path.name} has changed since {notebook} read it; run {notebook} again"
+            )
 
     # --- what the notebook leaves ---
 
     def keep_other(self, path: Path, record: dict) -> Path | None:
-        """Move a file made with another record aside and say so; see `keep_other`."""
-        aside = keep_other(path, record)
-        if aside:
-            print(f"{path.name} had been made otherwise; it is kept as {aside.name}")
+        """Move a file made with another record aside, to a name of its own, which is returned."""
+        try:
+            before = load_tensors(path)[1]
+        except (FileNotFoundError, ValueError):  # there is none, or a damaged one: nothing to keep
+            return None
+        if all(before.get(k) == v for k, v in record.items()):
+            return None
+        aside = path.with_name(f"{path.stem}-{fingerprint(path)[:8]}{path.suffix}")
+        path.rename(aside)
+        print(f"{path.name} had been made otherwise; it is kept as {aside.name}")
         return aside
 
     def save(self, fig, name: str, **about) -> None:
@@ -217,29 +228,6 @@ def load_model(model: str, device: str = "auto", dtype: str = "auto", revision: 
 def fingerprint(path: str | Path) -> str:
     """First 16 hex digits of a file's SHA-256: what a later file was made from."""
     return digest(path)[:16]
-
-
-def require_same(record: dict, what: str, path: Path, notebook: str) -> None:
-    """ValueError if `record` names another version of `path` than the one that stands there now."""
-    if record.get(what) != fingerprint(path):
-        raise ValueError(
-            f"{path.name} has changed since {notebook} read it ({what}); run {notebook} again"
-        )
-
-
-def keep_other(path: Path, record: dict) -> Path | None:
-    """Move a file made with another record aside, under a name of its own, which is returned."""
-    if not path.exists():
-        return None
-    try:
-        before = load_tensors(path)[1]
-    except ValueError:  # damaged: nothing to keep
-        return None
-    if all(before.get(k) == v for k, v in record.items()):
-        return None
-    aside = path.with_name(f"{path.stem}-{fingerprint(path)[:8]}{path.suffix}")
-    path.rename(aside)
-    return aside
 
 
 def peak_memory(device: str = "cpu") -> str:
