@@ -7,7 +7,7 @@ IMAGES = np.zeros((4, 2, 2, 3))
 
 
 def labels(prompts, grid=(1, 3)):
-    return Words().labels(prompts, IMAGES, grid)
+    return Words(prompts).labels(prompts, IMAGES, grid)
 
 
 def test_words_are_those_neither_rare_nor_everywhere():
@@ -30,6 +30,13 @@ def test_only_the_twenty_commonest_words_are_taken():
     assert "word=wordz" in labels(["wordz worda", *prompts[1:]]).names
 
 
+def test_every_split_has_the_labels_of_the_whole_run():
+    truth = Words(["dog", "dog cat", "cat", "bird", "x"])
+    made = truth.labels(["a cat", "an ox"], IMAGES[:2], (1, 1))
+    assert made.names == ["word=bird", "word=cat", "word=dog"]
+    assert made.at_tokens()[:, 0].tolist() == [[False, True, False], [False] * 3]
+
+
 def test_classes_by_number_are_words_too():
     assert set(labels(["207", "3", "207", "9"]).names) == {"word=207", "word=3", "word=9"}
 
@@ -44,7 +51,7 @@ def test_without_telling_words_a_token_is_in_the_upper_or_the_lower_half(prompts
 
 
 def test_of_images_themselves_words_know_nothing():
-    truth = Words()
+    truth = Words([])
     assert truth.judged(["a"], IMAGES) == {} == truth.objects_kept(IMAGES, IMAGES)
     assert truth.outcome("word=dog", IMAGES, IMAGES) == {}
     assert truth.steering_prompts(2, 0, ["a", "b", "c"]) == ["a", "b"]

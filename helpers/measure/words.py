@@ -6,6 +6,8 @@ read. A word counts for every token of its image: a much weaker truth, and nothi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from helpers.measure.labels import Labels
@@ -14,17 +16,34 @@ WHOLE_IMAGE = 0  # the only kind of thing in `Labels.kind`
 
 
 class Words:
-    """Truth by words: labels come from the prompts; of images themselves nothing is known."""
+    """Truth by words: labels come from the prompts; of images themselves nothing is known.
+
+    Labels are the commonest 20 words, or numbers of classes, that a twentieth to half of all
+    prompts have; where there are none, as without prompts, the upper and lower halves of the image.
+
+    Parameters
+    ----------
+    prompts : all prompts of a run, so that its splits have the same labels.
+    """
+
+    def __init__(self, prompts: Sequence[str] = ()):
+        from sklearn.feature_extraction.text import CountVectorizer  # takes a second to import
+
+        self._counter = CountVectorizer(
+            token_pattern=r"[a-z]{3,}|\d+", binary=True, min_df=0.05, max_df=0.5, max_features=20
+        )
+        try:
+            self._words = list(self._counter.fit(prompts).get_feature_names_out())
+        except ValueError:  # scikit-learn's way to say that no word is left
+            self._words = []
 
     def labels(self, prompts: list[str], images: np.ndarray, grid: tuple[int, int]) -> Labels:
-        """The commonest 20 words, or numbers of classes, of a twentieth to half of the prompts.
-
-        Where there are no such words, as without prompts, the upper and lower halves of the image.
-        """
+        """Words of each image's prompt, at all its tokens, or the halves of the image."""
         n, n_tokens = len(prompts), grid[0] * grid[1]
-        names, has = _words(prompts)
-        if names:
+        if self._words:
+            has = self._counter.transform(prompts).toarray().astype(bool)
             owner = np.repeat(np.arange(n)[:, None], n_tokens, axis=1)
+            names = [f"word={word}" for word in self._words]
             return Labels(names, owner, has, np.full(n, WHOLE_IMAGE))
         lower = np.arange(n_tokens) >= n_tokens // 2
         owner = 2 * np.arange(n)[:, None] + lower
@@ -54,17 +73,3 @@ class Words:
     def has(self, target: str, images: np.ndarray) -> np.ndarray:
         """True for every image, (image,): there is nothing to choose by."""
         return np.ones(len(images), bool)
-
-
-def _words(prompts: list[str]) -> tuple[list[str], np.ndarray]:
-    """Names of the words that count, and which prompts have them, bool, (prompt, word)."""
-    from sklearn.feature_extraction.text import CountVectorizer  # takes a second to import
-
-    counter = CountVectorizer(
-        token_pattern=r"[a-z]{3,}|\d+", binary=True, min_df=0.05, max_df=0.5, max_features=20
-    )
-    try:
-        has = counter.fit_transform(prompts).toarray().astype(bool)
-    except ValueError:  # scikit-learn's way to say that no word is left
-        return [], np.zeros((len(prompts), 0), bool)
-    return [f"word={w}" for w in counter.get_feature_names_out()], has

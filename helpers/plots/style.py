@@ -23,7 +23,8 @@ COLOURS = {
     "raw concat": "#D55E00",  # vermilion
     "residual one step": "#56B4E9",  # sky blue
     "raw one step": "#E69F00",  # orange
-    "PCA": "#009E73",  # green
+    "PCA raw": "#009E73",  # green
+    "PCA residual": "#00543D",
     "neurons": "#CC79A7",  # pink
     "untrained residual": "#00324F",  # the trained ones' colours, darker
     "untrained raw": "#6B2F00",
@@ -43,6 +44,7 @@ ALIASES = {
     "raw SAE": "raw concat",
     "single neurons": "neurons",
     "untrained": "untrained residual",
+    "PCA": "PCA raw",
     "random rows": "random",
 }
 
