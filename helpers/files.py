@@ -93,9 +93,9 @@ def save_text(path: str | Path, text: str) -> None:
     _replace(Path(path), lambda aside: aside.write_text(text))
 
 
-def save_json(path: str | Path, record) -> None:
+def save_json(path: str | Path, record, sort_keys: bool = True) -> None:
     """Write a JSON file, atomically."""
-    save_text(path, json.dumps(record, indent=2, sort_keys=True) + "\n")
+    save_text(path, json.dumps(record, indent=2, sort_keys=sort_keys) + "\n")
 
 
 def load_json(path: str | Path):

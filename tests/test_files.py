@@ -130,7 +130,7 @@ def test_no_flipped_byte_goes_unnoticed(tmp_path):
 
 
 def test_a_digest_is_that_of_what_is_read(tmp_path):
-    """Some tensors of a file are not worth reading all of it; a file made elsewhere keeps no digest."""
+    """Some tensors are read without the rest; a file made elsewhere keeps no digest."""
     path = tmp_path / "a.safetensors"
     files.save_tensors(path, {"x": torch.ones(2), "y": torch.ones(2)})
     assert files.load_tensors(path)[1] == {}
@@ -281,7 +281,9 @@ def test_tensors_cut_short_anywhere_are_refused(tmp_path_factory, share):
         files.load_rows(path, "whole", [0])
 
 
-def test_json_is_plain_text_with_sorted_keys(tmp_path):
+def test_json_is_plain_text_with_sorted_keys_or_as_given(tmp_path):
     files.save_json(tmp_path / "a.json", {"b": 1, "a": 2})
     text = (tmp_path / "a.json").read_text()
     assert text.endswith("}\n") and list(json.loads(text)) == ["a", "b"]
+    files.save_json(tmp_path / "a.json", {"b": 1, "a": 2}, sort_keys=False)
+    assert list(files.load_json(tmp_path / "a.json")) == ["b", "a"]

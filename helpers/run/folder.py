@@ -198,7 +198,7 @@ class Run:
             "metrics": metrics,
             "versions": {"python": platform.python_version()} | {p: version(p) for p in PACKAGES},
         }
-        save_json(path, record)
+        save_json(path, record, sort_keys=False)  # tables keep the notebook's order
         print(f"{path.name} written")
         return path
 

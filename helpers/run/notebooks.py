@@ -10,7 +10,7 @@ from pathlib import Path
 
 import nbformat
 
-from helpers.files import digest, load_json, save_json
+from helpers.files import digest, load_json, save_json, save_text
 from helpers.run import parameters
 from helpers.run.folder import figures_folder, run_folder
 
@@ -160,5 +160,5 @@ def publish_results(run: str) -> None:
     for plot in set(figures.glob("*.p??")) - made:
         plot.unlink()  # of an earlier run
     for path in sorted((run_folder(run) / "metrics").glob("0[1-9]_*.json")):
-        save_json(figures / "metrics" / path.name, load_json(path))
+        save_text(figures / "metrics" / path.name, path.read_text())
     report.write(parameters.ROOT, figures, figures_folder("demo_model"))

@@ -1,150 +1,181 @@
-"""The README's results table, written from the metrics that the notebooks measured, never by hand."""
+"""Tables and findings, written from the metrics that the notebooks measured, never by hand.
+
+The tables stand in figures/README.md, the findings, a sentence each, in README.md; both between
+markers.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from helpers.files import load_json
+from tabulate import tabulate
 
-NOTEBOOKS_READ = (
-    "01_collect_trajectories",
-    "02_fit_predictors",
-    "04_reconstruction_ablation",
-    "05_spatiotemporal_heatmaps",
-    "06_steering",
+from helpers.files import load_json, save_text
+from helpers.measure.metrics import Estimate
+
+OURS = "residual concat"
+INTERVALS = (
+    "`[…]` are 95 % intervals over images: Wilson's for shares, else from resampling test images."
 )
-AIMED = {"all": "everything at once, one-object captions", "colour_at_place": "colour at its place"}
-BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 
 
-def _interval(e) -> str:
-    return f"{e[0]:.3f} [{e[1]:.3f}, {e[2]:.3f}]"
+def load(figures: Path, model_figures: Path) -> dict[str, dict]:
+    """The metrics of each notebook, '00' to '06', beside a run's and the demo model's figures.
 
-
-def results_table(demo: Path, demo_model: Path) -> str:
-    """Markdown tables from the metrics folders of the demo run and of the demo model's training.
-
-    Raises FileNotFoundError for a metrics file that is missing, naming it.
+    FileNotFoundError or ValueError names a file that is missing or damaged.
     """
-    m = {name: load_json(demo / f"{name}.json")["metrics"] for name in NOTEBOOKS_READ}
-    model = load_json(demo_model / "00_demo_model.json")["metrics"]
-    lines = [
-        "Measured by the notebooks; `[…]` are 95 % intervals: from resampling test images, for shares of images (success) Wilson's.",
-        "",
-        "| demo model, read on captions it never saw | measured | aim | |",
-        "|---|---|---|---|",
+    found = {}
+    for folder, pattern in ((model_figures, "00_*.json"), (figures, "0[1-6]_*.json")):
+        for path in sorted((folder / "metrics").glob(pattern)):
+            found[path.name[:2]] = load_json(path)["metrics"]
+    for notebook in ("00", "01", "02", "04", "05", "06"):
+        if notebook not in found:
+            raise FileNotFoundError(f"there are no metrics of notebook {notebook}; run it first")
+    return found
+
+
+def write(root: Path, figures: Path, model_figures: Path) -> None:
+    """Renew the tables in figures/README.md and the findings in README.md."""
+    metrics = load(figures, model_figures)
+    put_between(root / "figures" / "README.md", "results", tables(metrics))
+    put_between(root / "README.md", "results", findings(metrics))
+
+
+def put_between(page: Path, name: str, text: str) -> None:
+    """Replace what stands between a page's markers of that name; ValueError if it has none."""
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    before, found, rest = page.read_text().partition(begin)
+    _, ended, after = rest.partition(end)
+    if not (found and ended):
+        raise ValueError(f"{page.name} has no markers {begin} and {end}; put them back")
+    save_text(page, f"{before}{begin}\n{text}\n{end}{after}")
+
+
+def table(header: list[str], rows: list[list]) -> str:
+    """A Markdown table; an estimate is a list of its value and the ends of its interval."""
+    shown = [[str(Estimate(*v)) if isinstance(v, list) else v for v in row] for row in rows]
+    return tabulate(shown, header, tablefmt="github", disable_numparse=True)
+
+
+# --- tables ---
+
+
+def tables(metrics: dict[str, dict]) -> str:
+    """All tables, each under its own heading."""
+    parts = {
+        "The demo model, on captions it never saw": demo_model(metrics["00"]),
+        "Explained variance of the next kept step": predictors(metrics["02"]),
+        "Reconstruction": reconstruction(metrics["04"]),
+        "Images on reconstructions": images(metrics["04"]),
+        "Detection: mean AUROC of the best latent, chosen on other images": detection(
+            metrics["05"]
+        ),
+        "Steering, at strengths chosen on other images": steering(metrics["06"]),
+        "Costs": costs(metrics["01"], metrics["02"]),
+    }
+    sections = [f"### {title}\n\n{text}" for title, text in parts.items()]
+    return "\n\n".join([INTERVALS, *sections])
+
+
+def demo_model(m: dict) -> str:
+    rows = [
+        [name, row["measured"], f"≥ {row['aim']:.2f}", "met" if row["met"] else "not met"]
+        for name, row in m["aims"].items()
     ]
-    for name, row in model["aims"].items():
-        lines.append(
-            f"| {AIMED.get(name, name)} | {_interval(row['measured'])} | ≥ {row['aim']:.2f} | {'met' if row['met'] else 'not met'} |"
-        )
-    ev = m["02_fit_predictors"]["ev"]
-    pairs = m["02_fit_predictors"]["pairs"]
-    lines += [
-        "",
-        "| explained variance of the next kept step | " + " | ".join(pairs) + " |",
-        "|---|" + "---|" * len(pairs),
+    return table(["read in its images", "share right", "aim", ""], rows)
+
+
+def predictors(m: dict) -> str:
+    return table(["", *m["pairs"]], [[name, *row] for name, row in m["ev"].items()])
+
+
+def reconstruction(m: dict) -> str:
+    alive = {n: "" if share is None else f"{share:.0%}" for n, share in m["alive"].items()}
+    rows = [
+        [n, ev["activation"], ev["residual"], f"{m['numbers_per_trajectory'][n]:.1f}", alive[n]]
+        for n, ev in m["ev"].items()
     ]
-    lines += [
-        f"| {name} | " + " | ".join(_interval(e) for e in row) + " |" for name, row in ev.items()
+    header = ["EV in activation space", "EV in residual space", "numbers a trajectory", "alive"]
+    return table(["", *header], rows)
+
+
+def images(m: dict) -> str:
+    names = list(m["image_effect"][OURS])
+    rows = [[n, *(e[name] for name in names)] for n, e in m["image_effect"].items()]
+    return table(["", *names], rows)
+
+
+def detection(m: dict) -> str:
+    groups = list(next(iter(m["mean_auroc"].values())))
+    return table(["", *groups], [[n, *row.values()] for n, row in m["mean_auroc"].items()])
+
+
+def steering(m: dict) -> str:
+    rows = [
+        [c["target"], c["direction"], f"×{c['strength']:g}", c["success"], c["kept"]]
+        + [c.get("difference", "")]
+        for c in m["chosen"]
     ]
-    r = m["04_reconstruction_ablation"]
-    sparse = [n for n in r["ev"] if n.endswith(("concat", "one step")) or n.startswith("untrained")]
-    header = f"SAEs of equal sparsity (thresholds set on validation images) and equal parameters, {r['n_trajectories']} test trajectories"
-    lines += [
-        "",
-        f"| {header} | EV in activation space | EV in residual space | numbers per trajectory | alive on test images |",
-        "|---|---|---|---|---|",
+    less = "success × kept, residual latent less this"
+    return table(["target", "direction", "strength", "success", "others kept", less], rows)
+
+
+def costs(m01: dict, m02: dict) -> str:
+    rows = [
+        ["time with recording / plain pipeline", f"{m01['slowdown']:.3f}"],
+        ["relative error of residualize → restore", f"{m02['round_trip_relative_error']:.1e}"],
     ]
-    for n in (*sparse, *(n for n in r["ev"] if n not in sparse)):
-        row = r["ev"][n]
-        lines.append(
-            f"| {n if n in sparse else f'for comparison: {n}'} | {_interval(row['activation'])} | {_interval(row['residual'])} | {r['numbers_per_trajectory'][n]:.1f} | {r['alive'][n]:.0%} |"
-        )
-    d = m["05_spatiotemporal_heatmaps"]
-    groups = list(next(iter(d["mean_auroc"].values())))
-    lines += [
-        "",
-        "| mean AUROC of the best latent, chosen on other images | " + " | ".join(groups) + " |",
-        "|---|" + "---|" * len(groups),
-    ]
-    lines += [
-        f"| {name} | " + " | ".join(_interval(row[g]) for g in groups) + " |"
-        for name, row in d["mean_auroc"].items()
-    ]
-    lines += [
-        f"| {name}, shuffled labels | " + " | ".join(f"{row[g][0]:.3f}" for g in groups) + " |"
-        for name, row in d["mean_auroc_shuffled"].items()
-    ]
-    s = m["06_steering"]
-    n_images = sorted({n["measuring"] for n in s["n_images"].values()})
-    header = f"steering, {' to '.join(map(str, n_images))} images, at the strength chosen on others"
-    lines += [
-        "",
-        f"| {header} | strength | success | other attributes kept | success × kept, residual latent less this one |",
-        "|---|---|---|---|---|",
-    ]
-    for name, row in s["chosen"].items():
-        if "success" in row:
-            less = _interval(s["paired"][name]) if name in s["paired"] else ""
-            lines.append(
-                f"| {name.replace(' | ', ' · ')} | ×{row['strength']:g} | {_interval(row['success'])} | {_interval(row['kept'])} | {less} |"
-            )
-    lines += [
-        "",
-        f"Recording against the plain pipeline: {m['01_collect_trajectories']['slowdown']:.3f} × the time. Round trip residualize → restore: {m['02_fit_predictors']['round_trip_relative_error']:.1e} relative error in float32.",
-    ]
-    return "\n".join(
-        [*lines, "", "In short, on this model and at this layer:", "", *_in_short(r, d, s)]
+    return table(["", "measured"], rows)
+
+
+# --- findings ---
+
+
+def findings(metrics: dict[str, dict]) -> str:
+    """Five sentences; the figures choose the words."""
+    m = metrics
+    sentences = (
+        _on_the_model(m["00"]),
+        _on_prediction(m["02"]),
+        _on_reconstruction(m["04"]),
+        _on_detection(m["05"]),
+        _on_steering(m["06"]),
+    )
+    return "\n".join(f"{i}. {sentence}" for i, sentence in enumerate(sentences, 1))
+
+
+def _on_the_model(m: dict) -> str:
+    right = Estimate(*m["aims"]["all"]["measured"])
+    return f"The shipped model draws all that a caption of one object says in {right} of images."
+
+
+def _on_prediction(m: dict) -> str:
+    ends = {name: [min(e[0] for e in row), max(e[0] for e in row)] for name, row in m["ev"].items()}
+    ours, same = ("{:.2f} to {:.2f}".format(*ends[name]) for name in ("ridge", "identity"))
+    return f"A linear predictor explains {ours} of the next kept step's variance, no change {same}."
+
+
+def _on_reconstruction(m: dict) -> str:
+    own = {"activation": "raw concat", "residual": OURS}
+    best = {space: max(own.values(), key=lambda n, s=space: m["ev"][n][s][0]) for space in own}
+    led = "each space is led" if best == own else "not each space is led"
+    at = {n: " and ".join(f"{m['ev'][n][space][0]:.2f}" for space in own) for n in own.values()}
+    return (
+        f"Of the two concatenated SAEs, {led} by the one that was trained in it: explained "
+        f"variance in activation and in residual space is {at['raw concat']} for raw and "
+        f"{at[OURS]} for residual coordinates."
     )
 
 
-def _in_short(r, d, s) -> list[str]:
-    """What the figures say in words, as a list; nothing here is said but what they say."""
-    best = {
-        space: max(
-            (n for n in r["ev"] if n.endswith(("concat", "one step"))),
-            key=lambda n: r["ev"][n][space][0],
-        )
-        for space in ("activation", "residual")
-    }
-    lines = [
-        f"* **Reconstruction.** Of the SAEs, {best['activation']} explains most in activation space and {best['residual']} in residual space."
+def _on_detection(m: dict) -> str:
+    auroc = {n: Estimate(*row["all labels"]) for n, row in m["mean_auroc"].items()}
+    ranked = sorted(auroc, key=lambda n: -auroc[n].value)
+    return "AUROC of the best latent for a label: " + ", ".join(f"{n} {auroc[n]}" for n in ranked)
+
+
+def _on_steering(m: dict) -> str:
+    against = [
+        f"{rival} on {v['ahead']} (behind on {v['behind']})" for rival, v in m["verdicts"].items()
     ]
-    image = {
-        n: r["image_effect"][n]["rmse"]
-        for n in ("residual concat", "raw concat", "PCA", "training mean")
-    }
-    lines[-1] += (
-        " Images made on reconstructions differ from the originals by "
-        + ", ".join(f"{_interval(e)} ({n})" for n, e in image.items())
-        + ", RMSE of pixels."
-    )
-    n_labels = len(next(iter(d["auroc"].values())))
-    for rival, against in d["against"].items():
-        lines.append(
-            f"* **Detection, residual latents less {rival}.** AUROC {_interval(against['gap'])} on average; better on {against['better']} labels, worse on {against['worse']} of {n_labels}, by paired intervals without zero."
-        )
-    for rival, v in s["verdicts"].items():
-        lines.append(
-            f"* **Steering, residual latent less {rival}.** Ahead on {v['ahead']}, behind on {v['behind']} of {v['of']} targets; on the others these images cannot tell."
-        )
-    still = {
-        t: next(e for k, e in rows["×0"].items() if k.startswith("still"))
-        for t, rows in s["by_factor"].items()
-        if any(k.startswith("still") for k in rows.get("×0", {}))
-    }
-    if still:
-        lines.append(
-            "* **Taking one latent away.** What still reads as it did: "
-            + ", ".join(f"{t} {_interval(e)}" for t, e in still.items())
-            + "."
-        )
-    return lines
-
-
-def put_into(readme: Path, table: str) -> None:
-    """Replace what stands between the README's markers."""
-    text = readme.read_text()
-    before, rest = text.split(BEGIN)
-    readme.write_text(f"{before}{BEGIN}\n{table}\n{END}{rest.split(END)[1]}")
+    of = next(iter(m["verdicts"].values()))["of"]
+    return f"Of {of} targets, steering along the residual latent is ahead of " + ", ".join(against)

@@ -1,0 +1,132 @@
+import copy
+
+import pytest
+
+from helpers.files import save_json
+from helpers.run import report
+
+
+def ev(activation, residual):
+    return {
+        space: [value, value - 0.01, value + 0.01]
+        for space, value in (("activation", activation), ("residual", residual))
+    }
+
+
+METRICS = {
+    "00": {"aims": {"all": {"measured": [0.9625, 0.94, 0.98], "aim": 0.75, "met": True}}},
+    "01": {"slowdown": 1.0071},
+    "02": {
+        "pairs": ["t 9 → 5", "t 5 → 1"],
+        "ev": {
+            "identity": [[0.5, 0.4, 0.6], [0.7, 0.6, 0.8]],
+            "ridge": [[0.8, 0.7, 0.9], [0.95, 0.9, 1.0]],
+        },
+        "round_trip_relative_error": 3.8e-8,
+    },
+    "04": {
+        "ev": {
+            "residual concat": ev(0.79, 0.56),
+            "raw concat": ev(0.91, 0.38),
+            "PCA raw": ev(0, 0),
+        },
+        "numbers_per_trajectory": {"residual concat": 19.5, "raw concat": 19.9, "PCA raw": 20},
+        "alive": {"residual concat": 1.0, "raw concat": 0.86, "PCA raw": None},
+        "image_effect": {
+            "recorded": {"rmse": [0.01, 0.0, 0.02], "objects kept": [1.0, 0.9, 1.0]},
+            "residual concat": {"rmse": [0.05, 0.04, 0.06], "objects kept": [0.9, 0.8, 1.0]},
+        },
+    },
+    "05": {
+        "mean_auroc": {
+            "residual SAE": {"all labels": [0.64, 0.63, 0.65], "colour": [0.7, 0.6, 0.8]},
+            "raw SAE": {"all labels": [0.8, 0.79, 0.81], "colour": [0.9, 0.8, 1.0]},
+        }
+    },
+    "06": {
+        "chosen": [
+            {
+                **{"target": "colour=red", "direction": "residual latent", "strength": 8.0},
+                **{"success": [0.75, 0.5, 0.9], "kept": [0.6, 0.5, 0.7]},
+            },
+            {
+                **{"target": "colour=red", "direction": "random", "strength": 0.5},
+                **{"success": [0.0, 0.0, 0.3], "kept": [1.0, 0.8, 1.0]},
+                "difference": [0.4, 0.2, 0.6],
+            },
+        ],
+        "verdicts": {"random": {"ahead": 1, "behind": 0, "of": 1, "difference": [0.4, 0.2, 0.6]}},
+    },
+}
+
+
+def cells(text):
+    """The rows of Markdown tables, as lists of their cells."""
+    return [[c.strip() for c in line.strip("|").split("|")] for line in text.splitlines()]
+
+
+def test_a_table_is_markdown_with_estimates_and_their_intervals():
+    header, rule, *rows = cells(report.table(["", "EV"], [["raw", [0.5, 0.25, 1.0]], ["no", ""]]))
+    assert header == ["", "EV"] and all(set(cell) <= set("-:") for cell in rule)
+    assert rows == [["raw", "0.500 [0.250, 1.000]"], ["no", ""]]
+
+
+def test_tables_hold_the_metrics():
+    rows = cells(report.tables(METRICS))
+    for row in (
+        ["all", "0.963 [0.940, 0.980]", "≥ 0.75", "met"],
+        ["ridge", "0.800 [0.700, 0.900]", "0.950 [0.900, 1.000]"],
+        ["raw concat", "0.910 [0.900, 0.920]", "0.380 [0.370, 0.390]", "19.9", "86%"],
+        ["PCA raw", "0.000 [-0.010, 0.010]", "0.000 [-0.010, 0.010]", "20.0", ""],
+        ["residual concat", "0.050 [0.040, 0.060]", "0.900 [0.800, 1.000]"],
+        ["raw SAE", "0.800 [0.790, 0.810]", "0.900 [0.800, 1.000]"],
+        ["colour=red", "residual latent", "×8", "0.750 [0.500, 0.900]", "0.600 [0.500, 0.700]", ""],
+        [
+            *("colour=red", "random", "×0.5", "0.000 [0.000, 0.300]", "1.000 [0.800, 1.000]"),
+            "0.400 [0.200, 0.600]",
+        ],
+        ["time with recording / plain pipeline", "1.007"],
+    ):
+        assert row in rows
+
+
+def test_findings_are_five_sentences_whose_words_the_figures_choose():
+    text = report.findings(METRICS)
+    assert [line[:2] for line in text.splitlines()] == ["1.", "2.", "3.", "4.", "5."]
+    for words in ("0.80 to 0.95", "no change 0.50 to 0.70", "raw SAE 0.800", "each space is led"):
+        assert words in text
+    assert text.index("raw SAE 0.8") < text.index("residual SAE 0.64")  # the best comes first
+    other = copy.deepcopy(METRICS)
+    other["04"]["ev"]["residual concat"]["activation"][0] = 0.95
+    assert "not each space is led" in report.findings(other)
+
+
+PAGE = "before\n<!-- results: begin -->\nold\n<!-- results: end -->\nafter\n"
+
+
+def test_only_what_stands_between_the_markers_is_replaced(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(PAGE)
+    report.put_between(page, "results", "new")
+    assert page.read_text() == PAGE.replace("old", "new")
+    for broken in ("nothing", PAGE.replace("<!-- results: end -->", "")):
+        page.write_text(broken)
+        with pytest.raises(ValueError, match="page.md has no markers"):
+            report.put_between(page, "results", "new")
+        assert page.read_text() == broken
+
+
+def test_both_pages_are_written_from_the_metrics_folders(tmp_path):
+    (tmp_path / "figures").mkdir()
+    for page in (tmp_path / "README.md", tmp_path / "figures" / "README.md"):
+        page.write_text(PAGE)
+    figures, model_figures = tmp_path / "figures" / "demo", tmp_path / "figures" / "demo_model"
+    for name, m in METRICS.items():
+        folder = model_figures if name == "00" else figures
+        save_json(folder / "metrics" / f"{name}_notebook.json", {"metrics": m}, sort_keys=False)
+    report.write(tmp_path, figures, model_figures)
+    assert report.findings(METRICS) in (tmp_path / "README.md").read_text()
+    assert report.tables(METRICS) in (tmp_path / "figures" / "README.md").read_text()
+    (figures / "metrics" / "05_notebook.json").unlink()
+    with pytest.raises(FileNotFoundError, match="05"):
+        report.write(tmp_path, figures, model_figures)
