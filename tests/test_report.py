@@ -41,7 +41,8 @@ METRICS = {
         "mean_auroc": {
             "residual SAE": {"all labels": [0.64, 0.63, 0.65], "colour": [0.7, 0.6, 0.8]},
             "raw SAE": {"all labels": [0.8, 0.79, 0.81], "colour": [0.9, 0.8, 1.0]},
-        }
+        },
+        "mean_auroc_arbitrary": {"raw SAE": {"all labels": [0.5, 0.4, 0.6], "colour": [0.4] * 3}},
     },
     "06": {
         "chosen": [
@@ -80,6 +81,7 @@ def test_tables_hold_the_metrics():
         ["PCA raw", "0.000 [-0.010, 0.010]", "0.000 [-0.010, 0.010]", "20.0", ""],
         ["residual concat", "0.050 [0.040, 0.060]", "0.900 [0.800, 1.000]"],
         ["raw SAE", "0.800 [0.790, 0.810]", "0.900 [0.800, 1.000]"],
+        ["arbitrary, raw SAE", "0.500 [0.400, 0.600]", "0.400 [0.400, 0.400]"],
         ["colour=red", "residual latent", "×8", "0.750 [0.500, 0.900]", "0.600 [0.500, 0.700]", ""],
         [
             *("colour=red", "random", "×0.5", "0.000 [0.000, 0.300]", "1.000 [0.800, 1.000]"),
@@ -93,9 +95,14 @@ def test_tables_hold_the_metrics():
 def test_findings_are_five_sentences_whose_words_the_figures_choose():
     text = report.findings(METRICS)
     assert [line[:2] for line in text.splitlines()] == ["1.", "2.", "3.", "4.", "5."]
-    for words in ("0.80 to 0.95", "no change 0.50 to 0.70", "raw SAE 0.800", "each space is led"):
+    for words in (
+        "0.80 to 0.95",
+        "no change 0.50 to 0.70",
+        "0.800 [0.790, 0.810] (raw SAE)",
+        "each space is led",
+    ):
         assert words in text
-    assert text.index("raw SAE 0.8") < text.index("residual SAE 0.64")  # the best comes first
+    assert text.index("(raw SAE)") < text.index("(residual SAE)")  # the best comes first
     other = copy.deepcopy(METRICS)
     other["04"]["ev"]["residual concat"]["activation"][0] = 0.95
     assert "not each space is led" in report.findings(other)

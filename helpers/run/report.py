@@ -106,8 +106,9 @@ def images(m: dict) -> str:
 
 
 def detection(m: dict) -> str:
-    groups = list(next(iter(m["mean_auroc"].values())))
-    return table(["", *groups], [[n, *row.values()] for n, row in m["mean_auroc"].items()])
+    rows = [[n, *row.values()] for n, row in m["mean_auroc"].items()]
+    rows += [[f"arbitrary, {n}", *row.values()] for n, row in m["mean_auroc_arbitrary"].items()]
+    return table(["", *next(iter(m["mean_auroc"].values()))], rows)
 
 
 def steering(m: dict) -> str:
@@ -170,7 +171,8 @@ def _on_reconstruction(m: dict) -> str:
 def _on_detection(m: dict) -> str:
     auroc = {n: Estimate(*row["all labels"]) for n, row in m["mean_auroc"].items()}
     ranked = sorted(auroc, key=lambda n: -auroc[n].value)
-    return "AUROC of the best latent for a label: " + ", ".join(f"{n} {auroc[n]}" for n in ranked)
+    found = ", ".join(f"{auroc[n]} ({n})" for n in ranked)
+    return f"The best latent for a label, chosen on other images, reaches a mean AUROC of {found}."
 
 
 def _on_steering(m: dict) -> str:
@@ -178,4 +180,5 @@ def _on_steering(m: dict) -> str:
         f"{rival} on {v['ahead']} (behind on {v['behind']})" for rival, v in m["verdicts"].items()
     ]
     of = next(iter(m["verdicts"].values()))["of"]
-    return f"Of {of} targets, steering along the residual latent is ahead of " + ", ".join(against)
+    rivals = ", ".join(against)
+    return f"Of {of} targets, steering along the residual latent is ahead of {rivals}."
