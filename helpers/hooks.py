@@ -18,8 +18,7 @@ from typing import NamedTuple
 import torch
 
 from helpers.checks import nearest, one_of, refuse
-from helpers.pipelines.calls import BRANCHES, Call, CallReader, Reading  # noqa: F401 until all moved
-from helpers.pipelines.loading import denoiser_of  # noqa: F401 until all callers have moved
+from helpers.pipelines.calls import Call, CallReader, Reading
 
 SIGNALS = ("output", "input", "update")
 # names of modules through which only text goes

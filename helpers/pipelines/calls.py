@@ -168,10 +168,8 @@ def _inputs_of(denoiser, signature: inspect.Signature, args, kwargs) -> _Inputs 
         return None
     text = given.get("encoder_hidden_states")
     n_text = text.shape[1] if isinstance(text, torch.Tensor) and text.ndim == 3 else 0
-    if type(denoiser).__name__.startswith("AuraFlow"):
-        n_text += (
-            denoiser.register_tokens.shape[1] if n_text else 0
-        )  # registers stand before the text
+    if n_text and type(denoiser).__name__.startswith("AuraFlow"):
+        n_text += denoiser.register_tokens.shape[1]  # they stand before the text
     patch = getattr(getattr(denoiser, "config", None), "patch_size", None)
     # loops may change their latents in place
     return _Inputs(latents.clone(), time, _grid_of(given, latents, patch), n_text)
@@ -252,7 +250,7 @@ def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 class CallReader:
-    """Reads each call of a denoiser as it begins: `note` is a forward pre-hook, `now` what it read.
+    """Reads each call of a denoiser as it begins: `note` is a forward pre-hook, `now` its result.
 
     Parameters
     ----------

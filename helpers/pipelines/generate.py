@@ -91,13 +91,19 @@ def arguments_of(pipe, prompts, sampling: dict) -> dict:
     for name in {"negative_prompt", *images} & set(arguments):
         if _is_single(arguments[name], str if name == "negative_prompt" else Image.Image):
             arguments[name] = [arguments[name]] * len(prompts)
+    return arguments | _prompt_arguments(pipe, prompts, taken)
+
+
+def _prompt_arguments(pipe, prompts, taken) -> dict:
+    """Prompts under the name, and in the form, in which the pipeline takes them."""
+    found = {}
     if "prompt" in taken:
-        arguments["prompt"] = list(prompts)
+        found["prompt"] = list(prompts)
     elif "class_labels" in taken and _has_classes(pipe):
-        arguments["class_labels"] = [_class_of(pipe, prompt) for prompt in prompts]
+        found["class_labels"] = [_class_of(pipe, prompt) for prompt in prompts]
     if "batch_size" in taken:
-        arguments["batch_size"] = len(prompts)
-    return arguments
+        found["batch_size"] = len(prompts)
+    return found
 
 
 @contextmanager
