@@ -52,22 +52,11 @@ def generate(pipe, prompts, seeds, **sampling) -> np.ndarray:
     return np.asarray(made.images).astype(np.float32, copy=False)
 
 
-def generate_all(
-    pipe, prompts, seeds, batch_size, make=None, *, desc=None, **sampling
-) -> np.ndarray:
-    """`generate` in batches, joined.
-
-    Parameters
-    ----------
-    make : function, optional
-        Called as `make(pipe, prompts, seeds, **sampling)` for each batch in place of `generate`.
-    desc : str, optional
-        Words before a progress bar; None for no bar.
-    """
-    make = make or generate
+def generate_all(pipe, prompts, seeds, batch_size, *, desc=None, **sampling) -> np.ndarray:
+    """`generate` in batches, joined; `desc` stands before a progress bar, None for no bar."""
     starts = tqdm(range(0, len(prompts), batch_size), desc, disable=desc is None)
     batches = (slice(start, start + batch_size) for start in starts)
-    return np.concatenate([make(pipe, prompts[b], seeds[b], **sampling) for b in batches])
+    return np.concatenate([generate(pipe, prompts[b], seeds[b], **sampling) for b in batches])
 
 
 def arguments_of(pipe, prompts, sampling: dict) -> dict:
