@@ -48,7 +48,7 @@ def collected(finished, tmp_path):
 @pytest.mark.parametrize("store_dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_a_collection_holds_what_record_gives(pipe, tmp_path, store_dtype):
     done = collect(tiny_plan(tmp_path, store_dtype=store_dtype), pipe)
-    assert done["new_images"] == 5 and done["missing"] == 0 and done["new_seconds"] > 0
+    assert done["new_images"] == 5 and done["missing_images"] == 0 and done["new_seconds"] > 0
     shards = sorted(tmp_path.glob("*.safetensors"))
     for shard, numbers in zip(shards, [[0, 2], [3], [1], [4]], strict=True):
         prompts, seeds = ([of[i] for i in numbers] for of in (PROMPTS, SEEDS))
@@ -174,7 +174,7 @@ def test_a_damaged_shard_is_collected_again_with_the_same_bytes(
         (collected / "manifest.json").unlink()
     run = {"collect": lambda: collect(tiny_plan(collected), pipe)}
     done = run.get(again, lambda: repair(collected, pipe))()
-    assert done["new_images"] == 1 and done["missing"] == 0
+    assert done["new_images"] == 1 and done["missing_images"] == 0
     assert contents(collected) == before
     Store(collected).verify()
 
@@ -292,7 +292,7 @@ def test_each_process_counts_the_room_that_all_of_them_need(pipe, tmp_path, monk
     with pytest.raises(OSError, match="5 images need 24.32 kB"):
         collect(tiny_plan(tmp_path), pipe, **share)
     free(monkeypatch, need)
-    assert collect(tiny_plan(tmp_path), pipe, **share)["missing"] == 2
+    assert collect(tiny_plan(tmp_path), pipe, **share)["missing_images"] == 3
 
 
 # --- several processes and machines -------------------------------------------------------------
@@ -311,12 +311,12 @@ def test_processes_and_machines_share_out_the_batches(pipe, finished, tmp_path):
 def test_two_machines_that_share_a_folder_make_what_one_makes(pipe, finished, tmp_path, order):
     plan = tiny_plan(tmp_path)
     first = collect(plan, pipe, share=(order[0], 2))
-    assert (first["new_images"], first["missing"]) == ((3, 2) if order[0] == 0 else (2, 2))
+    assert (first["new_images"], first["missing_images"]) == ((3, 2) if order[0] == 0 else (2, 3))
     assert not (tmp_path / "manifest.json").exists()
     for path in tmp_path.glob("*.safetensors"):
         assert path.with_suffix(".sha256").read_text() == f"{files.digest(path)}  {path.name}\n"
     assert collect(plan, pipe, share=(order[0], 2))["new_images"] == 0
-    assert collect(plan, pipe, share=(order[1], 2))["missing"] == 0
+    assert collect(plan, pipe, share=(order[1], 2))["missing_images"] == 0
     assert contents(tmp_path) == contents(finished)
 
 

@@ -42,7 +42,7 @@ def collect(
     Returns
     -------
     dict
-        `new_images` made by this call in `new_seconds`; `missing`: how many shards are not there.
+        `new_images` made by this call in `new_seconds`, and `missing_images`, not there yet.
     """
     index, parts = share
     in_range("num_shards", parts, 1)
@@ -55,22 +55,23 @@ def collect(
     for folder in folders:
         folder.remove_half_written(None if parts == 1 else own)
     todo = [i for i in own if not all(f.intact(i) for f in folders)]
+    lacking = {*todo, *_absent(folders)}
     if todo:
-        _check_disk(folders, pipe, {*todo, *_absent(folders)})
+        _check_disk(folders, pipe, lacking)
     if only_check:
-        return {"new_images": 0, "new_seconds": 0.0, "missing": len(_absent(folders))}
+        return {"new_images": 0, "new_seconds": 0.0, "missing_images": plan.n_images(lacking)}
     _wait(accelerator)  # all have looked at the disk before any of them writes
     start = time.perf_counter()
     _record(folders, pipe, todo, own, silent=accelerator and not accelerator.is_main_process)
     seconds = time.perf_counter() - start
     _wait(accelerator)
-    missing = len(_absent(folders))
+    missing = plan.n_images(_absent(folders))
     if not missing and (accelerator is None or accelerator.is_main_process):
         for folder in folders:
             folder.finish()
     _wait(accelerator)
-    new = sum(len(plan.shards[i]) for i in todo)
-    return {"new_images": new, "new_seconds": seconds, "missing": missing}
+    new = plan.n_images(todo)
+    return {"new_images": new, "new_seconds": seconds, "missing_images": missing}
 
 
 def repair(folder, pipe) -> dict:
@@ -182,9 +183,8 @@ def _check_disk(folders: list[_Folder], pipe, shards: set[int]) -> None:
     need = sum(plan.shard_bytes(i, f.record, pipe) for f in folders for i in shards)
     free = shutil.disk_usage(path).free
     if need > free:
-        n_images = sum(len(plan.shards[i]) for i in shards)
         raise OSError(
-            f"n_train: {n_images} images need {in_units(need)} in {path}, which has"
+            f"n_train: {plan.n_images(shards)} images need {in_units(need)} in {path}, which has"
             f" {in_units(free)} free; choose fewer images, steps or tokens_per_image"
         )
 
@@ -192,10 +192,9 @@ def _check_disk(folders: list[_Folder], pipe, shards: set[int]) -> None:
 def _record(folders: list[_Folder], pipe, todo: list[int], own: range, silent) -> None:
     """Make the shards of `todo`; each is written while the next is computed."""
     plan, taps = folders[0].plan, list(folders[0].plan.taps.values())
-    n_own, n_todo = (sum(len(plan.shards[i]) for i in shards) for shards in (own, todo))
     bar = tqdm(
-        total=n_own,
-        initial=n_own - n_todo,
+        total=plan.n_images(own),
+        initial=plan.n_images(own) - plan.n_images(todo),
         desc="collecting",
         unit="image",
         disable=bool(silent) or not todo,

@@ -97,6 +97,10 @@ class Plan:
         n = self.batch_size
         return [images[i : i + n] for images in of_split for i in range(0, len(images), n)]
 
+    def n_images(self, shards) -> int:
+        """How many images some shards hold."""
+        return sum(len(self.shards[i]) for i in shards)
+
     def is_train(self, i: int) -> bool:
         """Whether shard i holds training images."""
         return self.splits[self.shards[i][0]] == "train"
