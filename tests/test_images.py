@@ -62,16 +62,20 @@ def test_a_hot_token_is_drawn_where_it_is(row, column):
     assert np.ptp(np.sort(bright.ravel())[:-1]) < 0.2 * (bright.max() - bright.min())
 
 
-def test_a_strip_shows_the_image_and_every_step_on_one_scale():
+def test_a_strip_shows_the_image_and_every_step_side_by_side_on_one_scale(ax):
     heat = np.stack([np.full((2, 4), v) for v in (1.0, 5.0, 2.0)])
-    fig, axes = plt.subplots(1, 4)
-    shown = images.heat_strip(axes, IMAGE, heat, [667.0, 334.0, 1.4], vmax=5)
-    assert np.array_equal(axes[0].images[0].get_array(), IMAGE)
-    for ax, of_step, title in zip(axes[1:], heat, ("t = 667", "t = 334", "t = 1")):
-        assert np.array_equal(ax.images[0].get_array(), of_step)
-        assert ax.images[0].get_clim() == (0, 5) == shown.get_clim()
-        assert ax.get_title() == title
-    plt.close(fig)
+    shown = images.heat_strip(ax, IMAGE, heat, [667.0, 334.0, 1.4], vmax=5)
+    image, *pairs = ax.images
+    assert np.array_equal(image.get_array(), IMAGE) and image.get_extent() == [0, 32, 16, 0]
+    right = 32
+    for below, above, of_step in zip(pairs[::2], pairs[1::2], heat):
+        assert np.array_equal(below.get_array(), of_step)
+        assert below.get_clim() == (0, 5) == shown.get_clim()
+        assert below.get_extent() == above.get_extent()
+        assert below.get_extent()[0] > right and below.get_extent()[2:] == [16, 0]
+        right = below.get_extent()[1]
+    assert ax.get_xlim() == (0, right) and ax.get_ylim() == (16, 0) and not ax.axison
+    assert [t.get_text() for t in ax.texts] == ["t = 667", "t = 334", "t = 1"]
 
 
 def test_an_image_is_shown_upright_without_axes(ax):

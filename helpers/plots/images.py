@@ -17,38 +17,41 @@ def show_image(ax, image: np.ndarray, title: str = "") -> None:
     ax.set_axis_off()
 
 
-def overlay(
-    ax, image: np.ndarray, heat: np.ndarray, vmax: float, vmin: float = 0.0, cmap: str = "magma"
-):
-    """A heat map (rows, columns) of tokens with the image's edges drawn over it.
+def overlay(ax, image: np.ndarray, heat: np.ndarray, vmax: float, left: float = 0.0):
+    """A heat map (rows, columns) of tokens, from 0 to vmax, with the image's edges drawn over it.
 
-    Colours are those of the colour bar: the image does not shine through. Returns the mappable.
+    Colours are those of the colour bar: the image does not shine through. Its left edge is at x =
+    `left`, in the image's pixels. Returns the mappable.
     """
     height, width = image.shape[:2]
-    extent = (0, width, height, 0)
-    mappable = ax.imshow(
-        heat, cmap=cmap, vmin=vmin, vmax=vmax, extent=extent, interpolation="nearest"
-    )
+    place = {"extent": (left, left + width, height, 0), "interpolation": "nearest"}
+    mappable = ax.imshow(heat, cmap="magma", vmin=0, vmax=vmax, **place)
     edges = np.hypot(*np.gradient(image.mean(axis=2)))
     lines = np.ones((height, width, 4))
     lines[..., 3] = np.clip(edges / max(0.15, np.quantile(edges, 0.98)), 0, 1) * 0.6
-    ax.imshow(lines, extent=extent, interpolation="nearest")
+    ax.imshow(lines, **place)
     ax.set_axis_off()
     return mappable
 
 
-def heat_strip(axes, image: np.ndarray, heat: np.ndarray, timesteps, vmax: float, titles=True):
-    """The image, then one heat map per kept step over it, all on one colour scale.
+def heat_strip(ax, image: np.ndarray, heat: np.ndarray, timesteps, vmax: float, titles=True):
+    """The image and, to its right, one heat map per kept step over it, all on one colour scale.
 
     Parameters
     ----------
     heat : float, (step, rows, columns)
+
+    Returns the mappable. One axes for all of them, since axes are what takes time to draw.
     """
-    show_image(axes[0], image)
-    for ax, of_step, t in zip(axes[1:], heat, timesteps):
-        mappable = overlay(ax, image, of_step, vmax)
+    height, width = image.shape[:2]
+    extent = (0, width, height, 0)
+    ax.imshow(image, interpolation="nearest", cmap="gray", vmin=0, vmax=1, extent=extent)
+    for i, (of_step, t) in enumerate(zip(heat, timesteps), 1):
+        left = 1.06 * i * width
+        mappable = overlay(ax, image, of_step, vmax, left)
         if titles:
-            ax.set_title(f"t = {t:.0f}", fontsize=7)
+            ax.text(left + width / 2, -0.06 * height, f"t = {t:.0f}", ha="center", fontsize=7)
+    ax.set_xlim(0, left + width)
     return mappable
 
 
