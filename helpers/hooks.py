@@ -23,13 +23,10 @@ from helpers.pipelines.calls import Call, CallReader, Reading
 SIGNALS = ("output", "input", "update")
 # names of modules through which only text goes
 TEXT_ONLY = r"context|caption|text_|txt_|add_[qkv]_proj|to_add_out|attn2\.to_[kv]"
-BLOCKS = (
-    "attentions",
-    "resnets",
-    "transformer_blocks",
-    "joint_transformer_blocks",
-    "single_transformer_blocks",
-)
+# the lists in which models keep their blocks
+BLOCKS = {"attentions", "resnets"} | {
+    f"{kind}transformer_blocks" for kind in ("", "joint_", "single_")
+}
 
 
 class Tap(NamedTuple):

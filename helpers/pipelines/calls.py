@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -30,16 +31,11 @@ REVERSED_TIME = ("LuminaNextDiT2DModel", "Lumina2Transformer2DModel", "ZImageTra
 class Call:
     """Where sampling stands when a hookpoint's module runs."""
 
-    step: int
-    """Index of the denoising step, 0 for the noisiest."""
-    timestep: float
-    """The time as the denoiser was given it."""
-    repeated: bool
-    """Whether the solver evaluates the model once more within the step (Heun, PNDM)."""
-    grid: tuple[int, int]
-    """Rows and columns of the hookpoint's image tokens."""
-    branches: tuple[str, ...]
-    """The branch of guidance of each equal part of the batch's rows."""
+    step: int  # 0 for the noisiest
+    timestep: float  # the time as the denoiser was given it
+    repeated: bool  # the solver evaluates the model once more within the step (Heun, PNDM)
+    grid: tuple[int, int]  # rows and columns of the hookpoint's image tokens
+    branches: tuple[str, ...]  # of guidance, one for each equal part of the batch's rows
 
 
 # --- the scheduler's list -----------------------------------------------------------------------
@@ -48,15 +44,8 @@ class Call:
 def numbered(scheduler) -> tuple[torch.Tensor, torch.Tensor]:
     """The timesteps that a sampler runs through, noisiest first, and the step that each belongs to.
 
-    Parameters
-    ----------
-    scheduler : a diffusers scheduler whose timesteps are set, or the timesteps of a loop
-
-    Returns
-    -------
-    timesteps, steps : (call,) on the CPU, one entry for each evaluation of the model
-
-    Raises ValueError if the list holds neither one nor two evaluations a step.
+    Both are (evaluation,), on the CPU. `scheduler` is one of diffusers', its timesteps set, or the
+    timesteps of a loop. Raises ValueError where evaluations are not told apart into steps.
     """
     listed = torch.as_tensor(getattr(scheduler, "timesteps", scheduler)).cpu()
     n = getattr(scheduler, "num_inference_steps", None)
@@ -80,8 +69,7 @@ def timesteps_of(scheduler) -> torch.Tensor:
     return listed[torch.searchsorted(steps, torch.arange(int(steps.max()) + 1), right=True) - 1]
 
 
-@dataclass(frozen=True)
-class _Schedule:
+class _Schedule(NamedTuple):
     """A scheduler, the list of timesteps that it or a loop holds, and that list `numbered`."""
 
     scheduler: object
@@ -122,13 +110,7 @@ def _nearest(time: torch.Tensor, schedule: _Schedule) -> list[int]:
         listed = listed.to(time.dtype)  # half precision rounds the timesteps, too
     config = getattr(schedule.scheduler, "config", None)
     trained = getattr(config, "num_train_timesteps", 1000)
-    # distances relative to each entry, and a little to the largest, which serves entries near 0
-    off = torch.stack(
-        [
-            (table - time).abs().double() / (table.abs().double() + 1e-3 * table.abs().max())
-            for table in (listed, listed / trained)
-        ]
-    )
+    off = torch.stack([_distance(time, table) for table in (listed, listed / trained)])
     if not off.min() <= 0.5:
         valid = f"one that the scheduler lists, {float(listed[0]):.6g} to {float(listed[-1]):.6g}"
         refuse("timestep", _rounded(time), valid)
@@ -136,19 +118,21 @@ def _nearest(time: torch.Tensor, schedule: _Schedule) -> list[int]:
     return (off == off.min()).nonzero()[:, 1].tolist()
 
 
+def _distance(time, table: torch.Tensor) -> torch.Tensor:
+    """Relative to each entry and, a little, to the largest, which serves entries near 0."""
+    return (table - time).abs().double() / (table.abs().double() + 1e-3 * table.abs().max())
+
+
 # --- one call -----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Inputs:
+class _Inputs(NamedTuple):
     """What the denoiser was given in one call."""
 
     latents: torch.Tensor
-    time: object
-    grid: tuple[int, int] | None
-    """Rows and columns of image tokens, where the inputs or the patch size say them."""
-    text: int
-    """How many text tokens may stand before the image's."""
+    time: torch.Tensor | float
+    grid: tuple[int, int] | None  # of image tokens, where the inputs or the patch size say it
+    text: int  # how many text tokens may stand before the image's
 
 
 def _inputs_of(denoiser, signature: inspect.Signature, args, kwargs) -> _Inputs | None:
@@ -194,30 +178,21 @@ def _grid_of(given: dict, latents: torch.Tensor, patch) -> tuple[int, int] | Non
 
 
 def _branches_of(rows: int, n_images: int | None, turn: int, order) -> tuple[str, ...]:
-    """The branch of each equal part of the rows.
-
-    Parameters
-    ----------
-    turn : how many calls of this step were given the same latents before
-    order : the branches as they stand in a batch that holds both
-    """
+    """The branch of each equal part of the rows; `order` is theirs in a batch that holds both."""
     parts = rows // n_images if n_images and rows % n_images == 0 else 1
     if parts > 2:
         refuse("the number of the denoiser's rows", rows, f"{n_images} or {2 * n_images}")
     return tuple(order) if parts == 2 else (BRANCHES[min(turn, 1)],)
 
 
-@dataclass(frozen=True)
-class Reading:
+class Reading(NamedTuple):
     """One call of the denoiser, read; the next call is read against it."""
 
     inputs: _Inputs
     step: int
     timestep: float
-    first: int
-    """The step at which this run of the sampler began."""
-    turn: int
-    """How many calls of this step were given the same latents before."""
+    first: int  # the step at which this run of the sampler began
+    turn: int  # how many calls of this step were given the same latents before
     repeated: bool
     branches: tuple[str, ...]
 
@@ -234,7 +209,8 @@ def _read(inputs: _Inputs, before: Reading | None, schedule, n_images, order) ->
         refuse("timestep", _rounded(timestep), valid)
     same_step = before is not None and step == before.step
     # the same latents again are guidance's other branch, other latents the solver's next evaluation
-    same_latents = same_step and _equal(inputs.latents, before.inputs.latents)
+    now, earlier = inputs.latents, before.inputs.latents if same_step else None
+    same_latents = same_step and now.shape == earlier.shape and torch.equal(now, earlier)
     turn = before.turn + 1 if same_latents else 0
     repeated = before.repeated if same_latents else same_step
     branches = _branches_of(len(inputs.latents), n_images, turn, order)
@@ -243,10 +219,6 @@ def _read(inputs: _Inputs, before: Reading | None, schedule, n_images, order) ->
 
 def _rounded(timestep) -> float:
     return float(f"{float(timestep):.6g}")
-
-
-def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.shape == b.shape and torch.equal(a, b)
 
 
 class CallReader:
