@@ -1,4 +1,7 @@
+import ast
+
 import nbformat
+import papermill
 import pytest
 import yaml
 
@@ -78,6 +81,15 @@ def test_defaults_and_smoke_values_of_a_notebook_pass(notebook):
     for values in ({name: default for name, (default, _) in known.items()}, mock):
         assert parameters.checked(values, known) == values
         assert set(values) <= set(known)
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.stem)
+def test_papermill_reads_the_same_with_a_word_of_help_for_each(notebook):
+    shown = papermill.inspect_notebook(str(notebook))
+    assert {
+        name: (ast.literal_eval(p["default"]), p["inferred_type_name"]) for name, p in shown.items()
+    } == parameters.parameters_of(notebook)
+    assert all(p["help"] for p in shown.values())
 
 
 def test_every_number_and_choice_has_a_rule():

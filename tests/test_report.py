@@ -45,17 +45,16 @@ METRICS = {
         "mean_auroc_arbitrary": {"raw SAE": {"all labels": [0.5, 0.4, 0.6], "colour": [0.4] * 3}},
     },
     "06": {
-        "chosen": [
-            {
-                **{"target": "colour=red", "direction": "residual latent", "strength": 8.0},
-                **{"success": [0.75, 0.5, 0.9], "kept": [0.6, 0.5, 0.7]},
+        "chosen": {
+            "colour=red | residual latent": {
+                **{"strength": 8.0, "success": [0.75, 0.5, 0.9], "kept": [0.6, 0.5, 0.7]},
             },
-            {
-                **{"target": "colour=red", "direction": "random", "strength": 0.5},
-                **{"success": [0.0, 0.0, 0.3], "kept": [1.0, 0.8, 1.0]},
-                "difference": [0.4, 0.2, 0.6],
+            "colour=red | random": {
+                **{"strength": 0.5, "success": [0.0, 0.0, 0.3], "kept": [1.0, 0.8, 1.0]},
             },
-        ],
+        },
+        "paired": {"colour=red | random": [0.4, 0.2, 0.6]},
+        "removal": {"class means, ×1": {"still there": [0.25, 0.1, 0.5]}},
         "verdicts": {"random": {"ahead": 1, "behind": 0, "of": 1, "difference": [0.4, 0.2, 0.6]}},
     },
 }
@@ -87,6 +86,7 @@ def test_tables_hold_the_metrics():
             *("colour=red", "random", "×0.5", "0.000 [0.000, 0.300]", "1.000 [0.800, 1.000]"),
             "0.400 [0.200, 0.600]",
         ],
+        ["class means, ×1", "0.250 [0.100, 0.500]"],
         ["time with recording / plain pipeline", "1.007"],
     ):
         assert row in rows

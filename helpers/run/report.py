@@ -71,6 +71,7 @@ def tables(metrics: dict[str, dict]) -> str:
             metrics["05"]
         ),
         "Steering, at strengths chosen on other images": steering(metrics["06"]),
+        "Taking a feature away": removal(metrics["06"]),
         "Costs": costs(metrics["01"], metrics["02"]),
     }
     sections = [f"### {title}\n\n{text}" for title, text in parts.items()]
@@ -113,12 +114,17 @@ def detection(m: dict) -> str:
 
 def steering(m: dict) -> str:
     rows = [
-        [c["target"], c["direction"], f"×{c['strength']:g}", c["success"], c["kept"]]
-        + [c.get("difference", "")]
-        for c in m["chosen"]
+        [which, f"×{c['strength']:g}", c["success"], c["kept"], m["paired"].get(which, "")]
+        for which, c in m["chosen"].items()
     ]
+    rows = [[*row[0].split(" | "), *row[1:]] for row in rows]
     less = "success × kept, residual latent less this"
     return table(["target", "direction", "strength", "success", "others kept", less], rows)
+
+
+def removal(m: dict) -> str:
+    left = [[way, of_way["still there"]] for way, of_way in m["removal"].items()]
+    return table(["what was taken away", "the attribute is still read"], left)
 
 
 def costs(m01: dict, m02: dict) -> str:
