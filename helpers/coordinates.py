@@ -115,6 +115,16 @@ class Coordinates(torch.nn.Module):
         """(1, A) and (2, B), where they predict anything."""
         return [(lag, M) for lag, M in ((1, self.A), (2, self.B)) if lag in self._used]
 
+    def exchanged(self, x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """Trajectories x (…, S, d), each block y[s] taken from one of them at random: a control.
+
+        Blocks keep their distribution at each step; only how steps go together is lost.
+        """
+        y = self.residualize(x).unflatten(-1, x.shape[-2:]).flatten(0, -3)
+        orders = [torch.randperm(len(y), generator=generator) for _ in range(self.n_steps)]
+        mixed = torch.stack([y[order.to(y.device), s] for s, order in enumerate(orders)], dim=1)
+        return self.restore(mixed.flatten(1)).view_as(x)
+
     def gains(self) -> torch.Tensor:
         """RMS size at step t of a unit error in block s, sent back: Float[Tensor, "S S"].
 

@@ -124,6 +124,21 @@ def mean_only(train: Moments, dtype: torch.dtype = torch.float32) -> Predictors:
     return _given(train, torch.zeros(d, d, dtype=torch.float64), dtype)
 
 
+def explained(predictors: Predictors, moments: Moments) -> np.ndarray:
+    """Share of each step's variance that the step before explains, float64, (S-1,).
+
+    Over the trajectories summed in `moments`, around the mean that the predictors know.
+    """
+    mu, scale, A, b = (
+        v.cpu().double() for v in (predictors.mu, predictors.scale, predictors.A, predictors.b)
+    )
+    m, shares = _products(moments, mu, scale), []
+    for s in range(1, len(A)):
+        constant = m.count * b[s] @ b[s] - 2 * b[s] @ (m.total[s] - m.total[s - 1] @ A[s])
+        shares.append(1 - (m.error(A[s], s) + constant) / torch.trace(m.square[s]))
+    return torch.stack(shares).numpy()
+
+
 def eigenvalues(predictors: Predictors) -> np.ndarray:
     """Eigenvalues of A[1..S-1], complex, (S-1, d), largest magnitude first."""
     values = torch.linalg.eigvals(predictors.A[1:].double())

@@ -228,6 +228,17 @@ def test_gains_are_the_rms_of_errors_sent_back(name):
     torch.testing.assert_close(raw(some_predictors()).gains(), torch.eye(3))
 
 
+def test_exchanged_blocks_are_the_same_ones_in_other_company():
+    c, x = member("residual"), trajectories(60).view(6, 10, 4, 3)
+    other = c.exchanged(x, torch.Generator().manual_seed(0))
+    y, mixed = (c.residualize(v).view(60, 4, 3) for v in (x, other))
+    origin = torch.cdist(mixed.transpose(0, 1), y.transpose(0, 1)).argmin(-1)  # (step, trajectory)
+    for s in range(4):
+        torch.testing.assert_close(mixed[:, s], y[origin[s], s], rtol=1e-4, atol=1e-4)
+        assert len(set(origin[s].tolist())) == 60
+    assert (origin[0] != origin[1]).sum() > 50
+
+
 # --- shapes, types and files --------------------------------------------------------------------
 
 

@@ -160,6 +160,14 @@ def test_residual_covariance_is_that_of_the_residuals():
         np.testing.assert_allclose(C[s], np.cov(r[:, s].T, bias=True), rtol=1e-9, atol=1e-9)
 
 
+def test_explained_is_the_share_of_variance_by_definition(fitted):
+    held = recorded(30, seed=2)
+    for p in (fitted[2], some_predictors(S, D, seed=3)):  # the latter has intercepts
+        x, r = residuals(p, held)
+        expected = 1 - (r[:, 1:] ** 2).sum((0, 2)) / (x[:, 1:] ** 2).sum((0, 2))
+        np.testing.assert_allclose(predictors.explained(p, accumulate([held])), expected, rtol=1e-9)
+
+
 def test_eigenvalues_come_largest_first():
     p = some_predictors(3, 2)
     p.A[1], p.A[2] = torch.diag(torch.tensor([0.1, -0.9])), torch.tensor([[0.0, 0.5], [-0.5, 0.0]])
