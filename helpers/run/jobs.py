@@ -195,7 +195,7 @@ def train(parameters: dict) -> tuple[Dictionary, History]:
     run, accelerator = Run("03_train_residual_sae", parameters), accelerator_of(parameters)
     return train_dictionary(
         run.store,
-        residual(run.predictors),
+        residual(run.predictors, parameters["block_exponent"]),
         TrainConfig.of(parameters),
         name="residual concat",
         checkpoints=run.folder / "checkpoints",
