@@ -58,9 +58,7 @@ def test_prompts_are_the_rows_that_hold_something(source, name):
 def test_prompts_come_from_the_named_column(source, name):
     path = source(name, "caption")
     assert read_prompts(path, 3, "caption") == PROMPTS[:3]
-    with pytest.raises(
-        ValueError, match=f"prompt_column 'prompt' is not in .*{name}'; valid are n, caption"
-    ):
+    with pytest.raises(ValueError, match=f"prompt_column is 'prompt'.*{name}: n, caption"):
         read_prompts(path)
 
 
@@ -89,14 +87,14 @@ def test_a_file_without_prompts_is_named(tmp_path, name, content):
 )
 def test_a_table_that_cannot_be_read_is_named_in_one_sentence(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=f"prompts '.*{name}' could not be read") as refused:
+    with pytest.raises(ValueError, match=f"prompts is '.*{name}'") as refused:
         read_prompts(tmp_path / name)
     assert "\n" not in str(refused.value)
 
 
 def test_a_text_that_is_none_is_named(tmp_path):
     (tmp_path / "p.txt").write_bytes(b"a dog\n\xff\xfe\x00\n")
-    with pytest.raises(ValueError, match="prompts '.*p.txt' is not a text in UTF-8"):
+    with pytest.raises(ValueError, match="prompts is '.*p.txt'.*UTF-8.*byte 6"):
         read_prompts(tmp_path / "p.txt")
 
 
@@ -107,7 +105,7 @@ def test_a_texts_byte_order_mark_is_no_part_of_the_first_prompt(tmp_path):
 
 @pytest.mark.parametrize("absent", ["absent.txt", "folder/absent.csv", "scene"])
 def test_a_prompt_file_that_is_missing_is_named(absent):
-    with pytest.raises(FileNotFoundError, match=f"prompts '{absent}' is not a file.*'scenes'"):
+    with pytest.raises(FileNotFoundError, match=f"prompts '{absent}'.*'scenes'"):
         read_prompts(absent)
 
 
@@ -116,9 +114,7 @@ def test_a_dataset_that_the_network_does_not_give_is_named_in_one_sentence(monke
         raise ConnectionError("Couldn't reach 'owner/name' on the Hub\n(a long story)")
 
     monkeypatch.setattr(datasets, "load_dataset", offline)
-    with pytest.raises(
-        ValueError, match="prompts 'owner/name' could not be read.*Couldn't reach.*training split"
-    ) as refused:
+    with pytest.raises(ValueError, match="prompts is 'owner/name'.*Couldn't reach") as refused:
         read_prompts("owner/name")
     assert "\n" not in str(refused.value)
 
@@ -138,8 +134,5 @@ def test_a_dataset_on_the_hub_is_streamed(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert read_prompts("owner/some-name", 3, "caption") == ["prompt 0", "prompt 2", "prompt 4"]
     assert asked == [("owner/some-name", "train", True)] and len(drawn) < 20
-    with pytest.raises(
-        ValueError,
-        match="prompt_column 'prompt' is not in 'owner/some-name'; valid are caption, other",
-    ):
+    with pytest.raises(ValueError, match="prompt_column is 'prompt'.*caption, other"):
         read_prompts("owner/some-name", 3)
