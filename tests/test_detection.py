@@ -170,7 +170,8 @@ def test_the_control_can_fail():
 
 
 def made(resampled):
-    return Detection({}, {}, {k: np.array(v) for k, v in resampled.items()}, {}, {})
+    resampled = {k: np.array(v) for k, v in resampled.items()}
+    return Detection({}, {}, resampled, arbitrary=resampled, on_test={})
 
 
 def test_dictionaries_are_compared_on_the_same_resampled_images():
@@ -179,6 +180,14 @@ def test_dictionaries_are_compared_on_the_same_resampled_images():
     assert a.less(b, "x") == pytest.approx((0.3, 0.3, 0.3))
     assert a.less(b, "x", "y").value == pytest.approx(0.15)
     assert a.auroc("x", "y").value == pytest.approx(0.7)
+
+
+def test_labels_that_cannot_be_tested_take_no_part_in_a_mean():
+    nan = float("nan")
+    a, b = made({"x": [0.8, 0.7, 0.9], "y": [nan] * 3}), made({"x": [0.5] * 3, "y": [nan] * 3})
+    assert a.auroc("x", "y").value == 0.8 and a.less(b, "x", "y").value == pytest.approx(0.3)
+    assert a.by_luck("x", "y").value == pytest.approx(0.8)
+    assert np.isnan(a.auroc("y").value) and np.isnan(a.by_luck("y").value)
 
 
 def test_how_often_a_label_holds_where_a_latent_is_strongest():

@@ -158,20 +158,27 @@ class Detection:
     on_test: dict[str, np.ndarray]
 
     def auroc(self, *names: str) -> metrics.Estimate:
-        """AUROC on the test images, mean over labels, with its interval over images."""
-        return metrics.of_resampled(np.mean([self.resampled[n] for n in names], axis=0))
+        """AUROC on the test images, mean over labels, with its interval over images.
 
-    def by_luck(self, *names: str) -> metrics.Estimate:
-        """Mean and central 95 % over shuffles of what arbitrary latents reach, mean over labels."""
-        reached = np.mean([self.arbitrary[n] for n in names], axis=0)
-        return metrics.Estimate(
-            float(reached.mean()), *np.percentile(reached, [2.5, 97.5]).tolist()
-        )
+        Labels that all or no test tokens of their kind have take no part, here and below.
+        """
+        return _mean([self.resampled[n] for n in names])
 
     def less(self, rival: Detection, *names: str) -> metrics.Estimate:
         """AUROC less a rival's on the same images, mean over labels."""
-        gaps = [self.resampled[n] - rival.resampled[n] for n in names]
-        return metrics.of_resampled(np.mean(gaps, axis=0))
+        return _mean([self.resampled[n] - rival.resampled[n] for n in names])
+
+    def by_luck(self, *names: str) -> metrics.Estimate:
+        """Mean and central 95 % over shuffles of what arbitrary latents reach, mean over labels."""
+        told = [n for n in names if not np.isnan(self.resampled[n][0])]
+        reached = np.array([self.arbitrary[n] for n in told])
+        return _mean([np.array([v.mean(), *v]) for v in reached])
+
+
+def _mean(resampled: list[np.ndarray]) -> metrics.Estimate:
+    """Mean over labels of figures and their resampled values, without those that are NaN."""
+    told = [v for v in resampled if not np.isnan(v[0])]
+    return metrics.of_resampled(np.mean(told, axis=0)) if told else metrics.NOTHING
 
 
 def detect(
