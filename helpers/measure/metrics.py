@@ -1,8 +1,8 @@
 """Measures, each defined once, with 95 % intervals over images.
 
-Tokens of one image are not independent, so intervals are over images, never over tokens: functions
-that measure return one value or sum per image. Sums are resampled (`ratio`); shares, which may be
-all or none, have intervals that keep a width there (`share`, `paired`).
+Tokens of one image are not independent, so functions that measure return a value or sum per image.
+Sums are resampled (`ratio`); shares, which may be all or none, have intervals that keep a width
+there (`share`, `paired`).
 """
 
 from __future__ import annotations
@@ -36,23 +36,14 @@ NOTHING = Estimate(float("nan"), float("nan"), float("nan"))
 def ratio(
     numerator, denominator, n_resamples: int = 1000, seed: int = 0, transform=lambda q: q
 ) -> Estimate:
-    """transform(Σ numerator / Σ denominator) over images, with a percentile bootstrap over images.
-
-    Parameters
-    ----------
-    numerator, denominator : float, (image,)
-        Sums of one image each. An image in which both are zero takes no part.
-    """
+    """transform(Σ numerator / Σ denominator) of sums (image,), with a percentile bootstrap."""
     numerator, denominator = np.asarray(numerator, float), np.asarray(denominator, float)
     if len(numerator) == 0 or denominator.sum() == 0:
         return NOTHING
     picks = np.random.default_rng(seed).integers(len(numerator), size=(n_resamples, len(numerator)))
     with np.errstate(invalid="ignore", divide="ignore"):
         resampled = transform(numerator[picks].sum(1) / denominator[picks].sum(1))
-    return Estimate(
-        float(transform(numerator.sum() / denominator.sum())),
-        *map(float, np.nanpercentile(resampled, [2.5, 97.5])),
-    )
+    return of_resampled([transform(numerator.sum() / denominator.sum()), *resampled])
 
 
 def mean(values, **kwargs) -> Estimate:
@@ -63,24 +54,12 @@ def mean(values, **kwargs) -> Estimate:
 def share(values) -> Estimate:
     """Mean over images of successes or of shares, with an interval that is never of zero width.
 
-    Parameters
-    ----------
-    values : (image,)
-        bool: Wilson's interval. Numbers in [0, 1], such as the share of an image's objects: two
-        ones and two zeros are added, and the interval is that of the mean of these n + 4 values
-        with their own variance; for successes this is Agresti and Coull's. NaN takes no part.
-
-    Raises
-    ------
-    ValueError
-        A value outside [0, 1].
-
-    References
-    ----------
-    Agresti & Coull (1998), Approximate is better than "exact" for interval estimation of binomial
-    proportions, The American Statistician 52.
+    Successes (bool) get Wilson's interval. To shares, numbers in [0, 1], two ones and two zeros are
+    added, and the interval is that of the mean of these n + 4 with their own variance, which for
+    successes is that of Agresti & Coull (1998, The American Statistician 52). NaN takes no part;
+    anything else outside [0, 1] raises ValueError.
     """
-    values = _unit_interval("values", values)
+    values = _shares("values", values)
     if len(values) == 0:
         return NOTHING
     if values.dtype == bool:
@@ -93,24 +72,14 @@ def share(values) -> Estimate:
 
 
 def paired(a, b) -> Estimate:
-    """Mean over images of a - b, for successes or shares of the same images, never of zero width.
+    """Mean over images of a - b, two `share`s of the same images; never of zero width.
 
-    Half an image is added to each of the four outcomes (both, neither, only a, only b), which adds
-    2 to n and 1 to Σ (a - b)²; for successes this is the interval of Agresti and Min.
-
-    Parameters
-    ----------
-    a, b : bool or numbers in [0, 1], (image,)
-        An image with NaN in either takes no part.
-
-    References
-    ----------
-    Agresti & Min (2005), Simple improved confidence intervals for comparing matched proportions,
-    Statistics in Medicine 24.
+    Half an image is added to each of the four outcomes (both, neither, only a, only b), that is 2
+    to n and 1 to Σ (a - b)², after Agresti & Min (2005, Statistics in Medicine 24).
     """
     a, b = np.asarray(a, float), np.asarray(b, float)
     valid = ~(np.isnan(a) | np.isnan(b))
-    difference = _unit_interval("a", a[valid]) - _unit_interval("b", b[valid])
+    difference = _shares("a", a[valid]) - _shares("b", b[valid])
     if len(difference) == 0:
         return NOTHING
     n = len(difference) + 2
@@ -120,33 +89,26 @@ def paired(a, b) -> Estimate:
     return Estimate(float(difference.mean()), float(low), float(high))
 
 
-def _unit_interval(name: str, values) -> np.ndarray:
+def _shares(name: str, values) -> np.ndarray:
     """The values that are not NaN; ValueError for one outside [0, 1]."""
     values = np.asarray(values)
     if values.dtype == bool:
         return values
-    values = values.astype(float)
-    values = values[~np.isnan(values)]
+    values = values[~np.isnan(values)].astype(float)
     outside = values[(values < 0) | (values > 1)]
-    if len(outside):
-        refuse(name, float(outside[0]), "from 0 to 1")
-    return values
+    return refuse(name, float(outside[0]), "from 0 to 1") if len(outside) else values
 
 
 def squared_errors(
     x: torch.Tensor, x_hat: torch.Tensor, mean_train: torch.Tensor
 ) -> tuple[np.ndarray, np.ndarray]:
-    """What explained variance is made of, per image and step.
+    """Σ (x - x_hat)² and Σ (x - mean_train)² of each image and step, float64, (image, step).
 
     Parameters
     ----------
     x, x_hat : Float[Tensor, "image step token channel"]
     mean_train : Float[Tensor, "step channel"]
         Mean of the training set: predicting it is the zero of explained variance.
-
-    Returns
-    -------
-    Σ (x - x_hat)² and Σ (x - mean_train)², each float64, (image, step).
     """
     x, x_hat, mean_train = (
         v.to("cpu" if v.device.type == "mps" else v.device).double() for v in (x, x_hat, mean_train)
@@ -157,10 +119,7 @@ def squared_errors(
 
 
 def explained_variance(error, spread, **kwargs) -> Estimate:
-    """EV = 1 - Σ error / Σ spread, of `squared_errors` summed as wished to (image,).
-
-    1 is perfect, 0 is predicting the training mean.
-    """
+    """EV = 1 - Σ error / Σ spread of sums (image,): 1 is perfect, 0 predicts the training mean."""
     return ratio(error, spread, transform=lambda q: 1 - q, **kwargs)
 
 
@@ -194,13 +153,7 @@ def auroc(scores, labels: np.ndarray) -> np.ndarray:
 
 
 def sparse_ranks(codes) -> tuple[scipy.sparse.csr_matrix, np.ndarray]:
-    """Ranks within each column of codes, (sample, latent), that are not negative.
-
-    Returns
-    -------
-    The ranks of the positive codes, as a sparse matrix, and the rank that all zeros share,
-    (latent,).
-    """
+    """Ranks in each column of codes (sample, latent) >= 0: the positive ones'; all zeros'."""
     coo = scipy.sparse.coo_matrix(codes)
     row, column, value = (v[coo.data > 0] for v in (coo.row, coo.col, coo.data))
     order = np.lexsort((value, column))
@@ -218,20 +171,11 @@ def sparse_ranks(codes) -> tuple[scipy.sparse.csr_matrix, np.ndarray]:
 def resampled_auroc(
     scores, labels, images, n_images: int, n_resamples: int = 1000, seed: int = 0
 ) -> np.ndarray:
-    """AUROC of one score for one label: first as it is, then on resampled images.
+    """AUROC of one score for one label, both (sample,): as it is, then on resampled images.
 
-    Calls with the same n_images and seed draw the same images, so that what they return can be
-    averaged or subtracted. Scores are sorted once; an image counts as often as it was drawn.
-
-    Parameters
-    ----------
-    scores : float, (sample,); labels : bool, (sample,)
-    images : int, (sample,)
-        Which of n_images images each sample comes from.
-
-    Returns
-    -------
-    float, (1 + n_resamples,); NaN where no sample, or every sample, has the label.
+    `images` (sample,) tells which of n_images a sample comes from. Calls with the same n_images and
+    seed draw the same images, so that results, (1 + n_resamples,), can be averaged or subtracted.
+    Scores are sorted once; an image counts as often as it was drawn.
     """
     labels, images = np.asarray(labels, bool), np.asarray(images)
     drawn = np.random.default_rng(seed).integers(n_images, size=(n_resamples, n_images))
@@ -239,13 +183,11 @@ def resampled_auroc(
     weights = np.column_stack([np.ones(n_images), counts])
     _, place = np.unique(scores, return_inverse=True)  # ties share a place
     n_places = place.max(initial=0) + 1
-
-    def at_each_place(samples):
-        """How many samples each image has at each place of the order, sparse (place, image)."""
-        where = (place[samples], images[samples])
-        return scipy.sparse.csr_matrix((np.ones(samples.sum()), where), (n_places, n_images))
-
-    positives, negatives, out = at_each_place(labels), at_each_place(~labels), []
+    positives, negatives = (  # samples of each image at each place of the order
+        scipy.sparse.csr_matrix((np.ones(w.sum()), (place[w], images[w])), (n_places, n_images))
+        for w in (labels, ~labels)
+    )
+    out = []
     for w in np.array_split(weights, 1 + weights.shape[1] * n_places // 10**7, axis=1):
         p, n = positives @ w, negatives @ w  # (place, resample), some resamples at a time
         with np.errstate(invalid="ignore", divide="ignore"):
@@ -253,8 +195,9 @@ def resampled_auroc(
     return np.concatenate(out)
 
 
-def of_resampled(values: np.ndarray) -> Estimate:
+def of_resampled(values) -> Estimate:
     """An estimate from a figure and its resampled values, (1 + n_resamples,)."""
-    if np.isnan(values[1:]).all():
-        return Estimate(float(values[0]), float("nan"), float("nan"))
-    return Estimate(float(values[0]), *map(float, np.nanpercentile(values[1:], [2.5, 97.5])))
+    value, resampled = float(values[0]), np.asarray(values[1:])
+    if np.isnan(resampled).all():
+        return Estimate(value, float("nan"), float("nan"))
+    return Estimate(value, *map(float, np.nanpercentile(resampled, [2.5, 97.5])))

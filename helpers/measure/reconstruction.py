@@ -1,8 +1,7 @@
 """How well dictionaries rebuild held-out trajectories, in any coordinates, and at what cost.
 
 A change of coordinates changes the metric in which an error counts, so every dictionary is measured
-in several. One pass over the shards serves them all; what is kept are sums per image and step,
-since intervals are over images.
+in several. What is kept are sums per image and step, since intervals are over images.
 """
 
 from __future__ import annotations
@@ -48,18 +47,13 @@ def difference(a: Reconstruction, b: Reconstruction, space: str) -> metrics.Esti
     return metrics.ratio((error_b - error_a).sum(1), spread.sum(1))
 
 
-@torch.no_grad()
 def measure(
     dictionaries: dict[str, Dictionary], shards, spaces: dict[str, Coordinates]
 ) -> dict[str, Reconstruction]:
-    """Rebuild held-out trajectories from each dictionary's codes, all in one pass over the shards.
+    """Rebuild trajectories from each dictionary's codes; errors are measured in all `spaces`.
 
-    Parameters
-    ----------
-    shards : iterable of Float[Tensor, "image token step channel"]
-        Standardised activations, on the device of dictionaries and spaces; see `standardised`.
-    spaces : dict of Coordinates
-        In which errors are measured: `coordinates.raw` for activation space.
+    `shards` gives standardised trajectories, Float[Tensor, "image token step channel"], and is
+    gone through once.
     """
     sums = {name: {space: [] for space in spaces} for name in dictionaries}
     numbers = {name: [] for name in dictionaries}
@@ -74,8 +68,9 @@ def measure(
                 part = metrics.squared_errors(truth[space], _blocks(c, x_hat), means[space])
                 sums[name][space].append(part)
             numbers[name].append(float(dictionary.cost(z).double().mean()))
-            if used[name] is not None:
-                used[name] = used[name] | _fired(dictionary, z)
+            if used[name] is not None:  # one step at a time, a latent is the same at every step
+                fired = (z != 0).view(-1, dictionary.coder.n_latents).any(0)
+                used[name] = used[name] | fired.cpu().numpy()
     joined = {
         name: {space: tuple(map(np.concatenate, zip(*v))) for space, v in of_spaces.items()}
         for name, of_spaces in sums.items()
@@ -88,14 +83,6 @@ def _blocks(coordinates: Coordinates, x: torch.Tensor) -> torch.Tensor:
     return coordinates.residualize(x).unflatten(-1, x.shape[-2:]).transpose(1, 2)
 
 
-def _fired(dictionary: Dictionary, z: torch.Tensor) -> np.ndarray:
-    """Which latents fired, (latent,); one step at a time, a latent is the same at every step."""
-    fired = (z != 0).flatten(0, -2).any(0)
-    if dictionary.one_step:
-        fired = fired.view(dictionary.coordinates.n_steps, -1).any(0)
-    return fired.cpu().numpy()
-
-
 def standardised(store, split: str, predictors):
     """A split's standardised activations, shard by shard: (image, token, step, channel)."""
     for h in store.shards(split):
@@ -103,24 +90,14 @@ def standardised(store, split: str, predictors):
 
 
 class SomeSteps:
-    """A store of which only some of the kept steps are read.
-
-    Parameters
-    ----------
-    store : store.read.Store
-    keep : list of int
-        Indices into the store's kept steps.
-    """
+    """A store to train and measure on, of which only the kept steps numbered `keep` are read."""
 
     def __init__(self, store, keep: list[int]):
-        self._store, self.keep, self.n_steps = store, keep, len(keep)
-        self.steps, self.timesteps = ([v[i] for i in keep] for v in (store.steps, store.timesteps))
+        self._store, self.keep = store, keep
+        self.n_images, self.n_tokens = store.n_images, store.n_tokens
 
-    def __getattr__(self, name):
-        return getattr(self._store, name)
-
-    def shards(self, split: str, share=(0, 1)):
-        return (h[:, self.keep] for h in self._store.shards(split, share))
+    def shards(self, split: str):
+        return (h[:, self.keep] for h in self._store.shards(split))
 
     def batches(self, *args, **kwargs):
         return (h[:, self.keep] for h in self._store.batches(*args, **kwargs))
