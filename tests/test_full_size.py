@@ -11,7 +11,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from helpers import files
 from helpers.demo.model import build_tokenizer
-from helpers.run.estimate import estimate
+from helpers.run import estimate
 from helpers.run.parameters import analysis_notebooks, parameters_for, parameters_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.process]
@@ -66,7 +66,7 @@ def full_size():
 @pytest.mark.parametrize("name", ["sd15", "sd15-small"])
 def test_estimate_at_full_size(full_size, name):
     assert round(sum(p.numel() for p in full_size.unet.parameters()) / 1e6) == 860  # as published
-    needs, p = estimate(name, full_size), parameters_for("01", name)
+    needs, p = estimate.estimate(name, full_size), parameters_for("01", name)
     n_images = p["n_train"] + p["n_validation"] + p["n_test"]
     assert needs.activations_on_disk_bytes == n_images * 5 * 64 * 1280 * 2
     assert needs.numbers_a_trajectory == 6400 and hooks_on(full_size.unet) == 0
