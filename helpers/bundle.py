@@ -56,13 +56,13 @@ class Bundle(
         """
         manifest = Path(folder) / "trajectories" / "manifest.json"
         predictors = Path(folder) / "predictors.safetensors"
-        told, (_, fitted) = load_json(manifest), load_tensors(predictors, ())
+        about, (_, fitted) = load_json(manifest), load_tensors(predictors, ())
         dictionary, trained = Dictionary.load(Path(folder) / "sae.safetensors")
         seen = {manifest: fitted.get("trajectories"), predictors: trained.get("predictors")}
         for path, fingerprint in seen.items():
             if not fingerprint or not digest(path).startswith(fingerprint):
                 raise ValueError(f"{path} has changed since it was used; run the later notebooks")
-        return Bundle(dictionary, told)
+        return Bundle(dictionary, about)
 
     @classmethod
     def from_pretrained(cls, name: str | Path, **download) -> Bundle:
@@ -79,12 +79,12 @@ class Bundle(
             folder / file if local else Path(hf_hub_download(str(name), file, **download))
             for file in (CONFIG_NAME, SAFETENSORS_SINGLE_FILE)
         )
-        told = load_json(config)
+        about = load_json(config)
         dictionary, _ = Dictionary.load(weights)
         try:
-            return cls(dictionary, told["manifest"])
+            return cls(dictionary, about["manifest"])
         except (KeyError, TypeError, ValueError):
-            refuse(str(config), told, "the file that was saved beside the dictionary")
+            refuse(str(config), about, "the file that was saved beside the dictionary")
 
     def _save_pretrained(self, save_directory: Path) -> None:
         self.dictionary.save(save_directory / SAFETENSORS_SINGLE_FILE)

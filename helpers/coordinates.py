@@ -4,8 +4,8 @@
 
 x[s] is the standardised activation at kept step s, a row of d channels. The map is affine and
 invertible: step after step, x[s] = x[s−1] A[s] + x[s−2] B[s] + b[s] + y[s] D[s]⁻¹. Without b the
-same recurrence turns a direction in y (a decoder row) into a trajectory of directions in x. So what
-a choice of A, B and D changes is the metric ‖y − ŷ‖² in which an SAE's loss counts an error:
+same recurrence turns a direction in y (a decoder row) into a trajectory of directions in x. To
+choose A, B and D is to choose the metric ‖y − ŷ‖² in which an SAE's loss counts an error:
 
 ==============================  ============================  =================================
 coordinates                     A[s]                          D[s]
@@ -16,7 +16,7 @@ whitened residual               a predictor's                 inverse root of r[
 between raw and residual        shrunk, see `between`         a root, see `between`
 ==============================  ============================  =================================
 
-The residual coordinates of `predictors.identity` are differences of neighbouring steps.
+With `predictors.identity` for predictors, residuals are differences of neighbouring steps.
 """
 
 from __future__ import annotations
@@ -116,9 +116,10 @@ class Coordinates(torch.nn.Module):
         return [(lag, M) for lag, M in ((1, self.A), (2, self.B)) if lag in self._used]
 
     def exchanged(self, x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """Trajectories x (…, S, d), each block y[s] taken from one of them at random: a control.
+        """Trajectories made of the blocks y[s] of x (…, S, d), exchanged at random at every step.
 
-        Blocks keep their distribution at each step; only how steps go together is lost.
+        A control: blocks are distributed as before, only how those of different steps go together
+        is lost.
         """
         y = self.residualize(x).unflatten(-1, x.shape[-2:]).flatten(0, -3)
         orders = [torch.randperm(len(y), generator=generator) for _ in range(self.n_steps)]

@@ -127,7 +127,7 @@ def mean_only(train: Moments, dtype: torch.dtype = torch.float32) -> Predictors:
 def explained(predictors: Predictors, moments: Moments) -> np.ndarray:
     """Share of each step's variance that the step before explains, float64, (S-1,).
 
-    Over the trajectories summed in `moments`, around the mean that the predictors know.
+    Over the trajectories summed in `moments`, around the mean `mu` of the training images.
     """
     mu, scale, A, b = (
         v.cpu().double() for v in (predictors.mu, predictors.scale, predictors.A, predictors.b)

@@ -118,7 +118,8 @@ def train(
     quiet = not main or done == n_updates or None  # None: shown in notebooks and terminals
     start = time.perf_counter() - history.seconds
     stream = _from(batches, done)
-    for _ in tqdm(range(done, n_updates), label, n_updates, initial=done, disable=quiet):
+    bar = tqdm(range(done, n_updates), label, n_updates, initial=done, mininterval=1, disable=quiet)
+    for _ in bar:
         try:
             training.update(next(stream))
         except FloatingPointError as error:
@@ -127,6 +128,7 @@ def train(
         history.seconds = time.perf_counter() - start
         if path and main and (training.done % save_every == 0 or training.done == n_updates):
             training.save(path, settings)
+        bar.set_postfix_str(f"fvu {history.fvu[-1]:.3f}, alive {history.alive[-1]:.0%}", False)
     training.sae.zero_grad()  # frees the gradients
     return training.sae.cpu().eval(), history
 

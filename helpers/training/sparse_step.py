@@ -62,7 +62,8 @@ class SparseStep:
         centred = y - sae.b_dec
         pre = self._encoded(centred)
         n_all = int(self.sum(torch.tensor(n, device=y.device)))
-        places, codes, cut = _largest(pre.flatten(), round(sae.k * n_all), self.accelerator)
+        n_kept = max(1, round(sae.k * n_all))
+        places, codes, cut = _largest(pre.flatten(), n_kept, self.accelerator)
         row = places // m
         latent = places - row * m
         Z = _csr(torch.searchsorted(row, torch.arange(n + 1, device=y.device)), latent, codes, n, m)
@@ -147,8 +148,8 @@ def _largest(
     """
     among = flat[:0].long()
     if flat.numel() > 100_000:
-        # a sample tells where the cut lies, so that few entries need sorting; its stride is odd, to
-        # meet every latent
+        # a sample says where the cut lies, so that few entries need sorting; its stride is odd, so
+        # that it meets every latent
         sample = flat[:: flat.numel() // 20_000 | 1]
         n_sample = min(len(sample), 1 + 2 * n * len(sample) // flat.numel())
         above = flat > torch.topk(sample, n_sample).values[-1]
