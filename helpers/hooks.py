@@ -5,8 +5,7 @@ or any `torch.nn.Module`), as `named_modules()` spells it: `up_blocks.1.attentio
 is the module's `output`, its `input`, or its `update`, output - input.
 
 Activations are handed over as (row, token, channel): image tokens alone, in reading order of an
-upright grid. Models of the U-Net kind hold images as grids, transformers as tokens, some with text
-tokens before them or in a tensor beside them; `_Part` finds the image and puts it back.
+upright grid.
 """
 
 from __future__ import annotations
@@ -66,29 +65,20 @@ def usual(denoiser: torch.nn.Module) -> list[str]:
 def listen(denoiser, scheduler, tap, on_call, *, n_images=None, skip_unfit=False):
     """While the context lasts, call `on_call(activation, call)` each time the tap's module runs.
 
-    Hooks are removed when the context ends, whatever ended it.
+    Hooks are removed when the context ends, whatever ended it. Raises ValueError for a hookpoint
+    that does not exist or holds no grid of tokens, for a compiled model, under which hooks do not
+    run, and for timesteps that do not say which step is running.
 
     Parameters
     ----------
-    denoiser : torch.nn.Module
     scheduler : a diffusers scheduler, or the timesteps of a sampling loop, noisiest first
-    tap : Tap, or the name of a module
-        Its hookpoint and signal; all branches are heard.
+    tap : Tap, or the name of a module; all branches are heard
     on_call : function
         Takes the activation, Float[Tensor, "row token channel"], and a `Call`. A tensor that it
         returns, of the same shape, takes the activation's place (for `update`, the module's output
         becomes its input + that tensor).
-    n_images : int, optional
-        Images in the batch, to tell two branches of guidance from a plain batch; None: as many as
-        rows.
-    skip_unfit : bool
-        Pass over a module without a grid of tokens, instead of raising ValueError.
-
-    Raises
-    ------
-    ValueError
-        No such hookpoint or signal, no grid of tokens there, a compiled model, under which hooks do
-        not run, or a model or a loop whose timesteps do not say which step is running.
+    n_images : images in the batch, to tell two branches from a plain batch; None: as many as rows
+    skip_unfit : pass over a module without a grid of tokens, instead of raising ValueError
     """
     tap = Tap.of(tap)
     one_of("signal", tap.signal, SIGNALS)
@@ -176,12 +166,10 @@ class _Listener:
 
     def _part(self, value) -> _Part | None:
         """The image within a tensor, a tuple or a dict of tensors."""
-        if isinstance(value, torch.Tensor):
+        if value is None or isinstance(value, torch.Tensor):
             entries = [(None, value)]
-        elif value is None:
-            return None
         else:
-            entries = list(enumerate(value.values() if isinstance(value, dict) else value))
+            entries = enumerate(value.values() if isinstance(value, dict) else value)
         parts = []
         for position, tensor in entries:
             if not isinstance(tensor, torch.Tensor) or (tensor.ndim == 3 and self.only_grids):
@@ -235,10 +223,7 @@ class _Part(NamedTuple):
 
 
 def _grid_in(tensor: torch.Tensor, reading: Reading) -> tuple[tuple[int, int], int] | None:
-    """Rows and columns of a tensor's image tokens, and how many text tokens stand before them.
-
-    None if the tensor, (row, channel, height, width) or (row, token, channel), holds no such grid.
-    """
+    """Rows and columns of a tensor's image tokens, and how many text tokens stand before them."""
     latents, exact, text = reading.inputs.latents, reading.inputs.grid, reading.inputs.text
     if tensor.ndim == 4 and len(tensor) == len(latents):
         grid = tuple(tensor.shape[2:])

@@ -21,10 +21,7 @@ from helpers.pipelines.loading import denoiser_of
 
 
 def kept_steps(steps, num_inference_steps: int, n_keep: int) -> list[int]:
-    """The steps to record, ascending: those listed, or `n_keep` spread evenly over all if none is.
-
-    Raises ValueError for a step outside 0 to num_inference_steps - 1, or fewer than two steps.
-    """
+    """The steps to record, ascending: those listed or, if none is, `n_keep` evenly over all."""
     n = in_range("num_inference_steps", num_inference_steps, 2)
     if not len(steps):
         if n_keep not in range(2, n + 1):
@@ -39,16 +36,8 @@ def kept_steps(steps, num_inference_steps: int, n_keep: int) -> list[int]:
 class Recorder:
     """While its context lasts, keeps one tap's activations at some steps, under any sampling loop.
 
-    Parameters
-    ----------
-    scheduler : a diffusers scheduler, or the loop's timesteps, noisiest first
-    tap : Tap, or the name of a module
-    steps : list of int
-        Which of the steps to keep.
-    n_images : int, optional
-        Images in the batch; None: as many as the denoiser is given rows.
-    tokens : Int[Tensor, "image kept"], optional
-        Which tokens of each image to keep; None for all.
+    `scheduler`, `tap` and `n_images` are as in `listen`; `tokens`, Int[Tensor, "image kept"], says
+    which tokens of each image to keep.
     """
 
     def __init__(self, denoiser, scheduler, tap, steps, *, n_images=None, tokens=None):
@@ -100,11 +89,7 @@ class Recorder:
 
 
 def _to_host(t: torch.Tensor) -> torch.Tensor:
-    """A copy on the CPU.
-
-    From CUDA it goes through pinned memory on a stream of its own, so that neither the copy nor the
-    model waits for the other.
-    """
+    """A copy on the CPU; from CUDA on a stream of its own, so that the model need not wait."""
     if t.device.type != "cuda":
         return t.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
     # a copy on the device first: the next module may write over t
@@ -145,19 +130,11 @@ def times_of(scheduler, steps) -> dict:
 def record(pipe, prompts, seeds, tap, steps, **sampling) -> tuple[np.ndarray, torch.Tensor, dict]:
     """Generate one batch and keep one tap's activations at some steps.
 
-    Parameters
-    ----------
-    tap : Tap, or the name of a module
-    steps : list of int
-    sampling : see `helpers.pipelines.generate.generate`
-
     Returns
     -------
     images : float32, (image, height, width, 3), in [0, 1]
-    h : Float[Tensor, "image step token channel"]
-        Raw activations, on the CPU, in the model's dtype.
-    where : dict
-        `grid` (token rows, columns), `timesteps` and `sigmas` of the steps.
+    h : Float[Tensor, "image step token channel"], raw, on the CPU, in the model's dtype
+    where : `grid` (token rows, columns), `timesteps` and `sigmas` of the steps
     """
     images, (h,), (where,) = record_all(pipe, prompts, seeds, [tap], steps, **sampling)
     return images, h, where
@@ -166,18 +143,12 @@ def record(pipe, prompts, seeds, tap, steps, **sampling) -> tuple[np.ndarray, to
 def record_all(pipe, prompts, seeds, taps, steps, tokens=None, **sampling):
     """`record` for several taps in one pass: images, a list of activations, a list of `where`.
 
-    Parameters
-    ----------
-    taps : list of Tap
-    tokens : list of (Int[Tensor, "image kept"] or None), optional
-        For each tap, the tokens to keep of each image.
+    `tokens` is a list as long as `taps` of what a `Recorder` takes.
     """
-    denoiser, n = denoiser_of(pipe), len(prompts)
+    make = functools.partial(Recorder, denoiser_of(pipe), pipe.scheduler, n_images=len(prompts))
     with ExitStack() as stack:
         recorders = [
-            stack.enter_context(
-                Recorder(denoiser, pipe.scheduler, tap, steps, n_images=n, tokens=kept)
-            )
+            stack.enter_context(make(tap, steps, tokens=kept))
             for tap, kept in zip(taps, tokens or [None] * len(taps))
         ]
         images = generate(pipe, prompts, seeds, **sampling)
@@ -193,9 +164,8 @@ class _FirstStepDone(Exception):
 def shapes(pipe, taps, prompt: str, **sampling) -> dict:
     """Token rows, token columns and channels of each tap, in the order of the network.
 
-    Taps are `Tap`s or names of modules, and the keys as they were given. They are read off the
-    denoiser's first call for one image; one that it does not call, or that has no grid of tokens,
-    is left out.
+    The keys are the taps as given. They are read off the denoiser's first call for one image; one
+    that it does not call, or that has no grid of tokens, is left out.
     """
     found: dict = {}
     denoiser = denoiser_of(pipe)

@@ -1,9 +1,8 @@
 """Which call of the denoiser is running: its step, its branches of guidance, its grid of tokens.
 
-Samplers differ in how often they call the denoiser, with how many rows, and in the form in which
-they hand over the time. All of this is read, at each call, from the denoiser's inputs and the
-scheduler's list of timesteps. Calls are never counted, so solvers that call the model twice in a
-step (Heun, KDPM2, PNDM) and runs that start late need no special treatment.
+All of this is read, at each call, from the denoiser's inputs and the scheduler's timesteps. Calls
+are never counted, so solvers that call the model twice in a step (Heun, KDPM2, PNDM) and runs that
+start late need no special treatment.
 
 A *step* is an index, 0 for the noisiest; a *timestep* is the scheduler's value for it. Under
 classifier-free guidance a step has two *branches*: two halves of one call's rows, or two calls
@@ -36,9 +35,6 @@ class Call:
     repeated: bool  # the solver evaluates the model once more within the step (Heun, PNDM)
     grid: tuple[int, int]  # rows and columns of the hookpoint's image tokens
     branches: tuple[str, ...]  # of guidance, one for each equal part of the batch's rows
-
-
-# --- the scheduler's list -----------------------------------------------------------------------
 
 
 def numbered(scheduler) -> tuple[torch.Tensor, torch.Tensor]:
@@ -123,9 +119,6 @@ def _distance(time, table: torch.Tensor) -> torch.Tensor:
     return (table - time).abs().double() / (table.abs().double() + 1e-3 * table.abs().max())
 
 
-# --- one call -----------------------------------------------------------------------------------
-
-
 class _Inputs(NamedTuple):
     """What the denoiser was given in one call."""
 
@@ -136,10 +129,7 @@ class _Inputs(NamedTuple):
 
 
 def _inputs_of(denoiser, signature: inspect.Signature, args, kwargs) -> _Inputs | None:
-    """The inputs by what they mean; None for the extra pass of SD 3's skip-layer guidance.
-
-    That pass leaves blocks out and belongs to neither branch.
-    """
+    """The inputs by what they mean; None for the extra pass of SD 3's skip-layer guidance."""
     given = signature.bind_partial(*args, **kwargs).arguments
     names = list(given)
     latents = given[next((n for n in ("sample", "hidden_states") if n in given), names[0])]
@@ -222,14 +212,7 @@ def _rounded(timestep) -> float:
 
 
 class CallReader:
-    """Reads each call of a denoiser as it begins: `note` is a forward pre-hook, `now` its result.
-
-    Parameters
-    ----------
-    scheduler : a diffusers scheduler, or the timesteps of a loop, noisiest first
-    n_images : int or None
-        Images in the batch, to tell two branches from a plain batch; None: as many as rows.
-    """
+    """Reads each call of a denoiser: `note` is a forward pre-hook of it, `now` what it read."""
 
     def __init__(self, denoiser: torch.nn.Module, scheduler, n_images: int | None):
         kind = type(denoiser).__name__

@@ -19,21 +19,16 @@ def generate(pipe, prompts, seeds, **sampling) -> np.ndarray:
     """Images of one batch of prompts: float32, (image, height, width, channel), in [0, 1].
 
     Noise is drawn on the CPU, from one generator an image, so an image depends neither on the
-    device nor on its batch, beyond rounding.
+    device nor on its batch, beyond rounding. Raises ValueError for an argument or a size that the
+    pipeline does not take, and for one whose noise does not come from the seeds.
 
     Parameters
     ----------
     prompts : list of str
-        Texts; names or numbers of classes for a class-conditional pipeline; not looked at by an
-        unconditional one.
-    seeds : list of int
+        Texts; names or numbers of classes for a class-conditional pipeline.
     sampling
         Arguments of the pipeline's call: num_inference_steps, guidance_scale, height, width (0 is
-        the model's own), and any other that it takes, such as negative_prompt. One negative prompt
-        or one image serves every prompt.
-
-    Raises ValueError for an argument or a size that the pipeline does not take, and for one whose
-    noise does not come from the seeds.
+        the model's own) and others. One negative_prompt, or one image, serves the whole batch.
     """
     arguments = arguments_of(pipe, prompts, sampling)
     generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
@@ -60,11 +55,7 @@ def generate_all(pipe, prompts, seeds, batch_size, *, desc=None, **sampling) -> 
 
 
 def arguments_of(pipe, prompts, sampling: dict) -> dict:
-    """What to call the pipeline with for these prompts, apart from the noise.
-
-    Sizes of 0 are left out, one negative prompt or image is repeated for each prompt, prompts of a
-    class-conditional pipeline become numbers. Raises ValueError for what it does not take.
-    """
+    """What to call the pipeline with for these prompts, apart from the noise."""
     taken = inspect.signature(pipe.__call__).parameters
     arguments = {k: v for k, v in sampling.items() if k not in ("height", "width") or v}
     if "guidance_scale" not in taken:  # an unconditional pipeline has nothing to guide
@@ -76,47 +67,40 @@ def arguments_of(pipe, prompts, sampling: dict) -> dict:
     if {"height", "width"} <= set(taken):
         _check_size(pipe, sampling.get("height") or 0, sampling.get("width") or 0)
     # each image needs its own copy: diffusers would encode a single one with the first seed for all
-    images = ("control_image", *(("image", "mask_image") if "strength" in taken else ()))
-    for name in {"negative_prompt", *images} & set(arguments):
-        if _is_single(arguments[name], str if name == "negative_prompt" else Image.Image):
-            arguments[name] = [arguments[name]] * len(prompts)
-    return arguments | _prompt_arguments(pipe, prompts, taken)
-
-
-def _prompt_arguments(pipe, prompts, taken) -> dict:
-    """Prompts under the name, and in the form, in which the pipeline takes them."""
-    found = {}
+    single = {"negative_prompt": str, "control_image": Image.Image}
+    if "strength" in taken:
+        single |= {"image": Image.Image, "mask_image": Image.Image}
+    for name in set(single) & set(arguments):
+        value = arguments[name]
+        is_array = isinstance(value, (np.ndarray, torch.Tensor)) and value.ndim < 4
+        if isinstance(value, single[name]) or is_array:
+            arguments[name] = [value] * len(prompts)
     if "prompt" in taken:
-        found["prompt"] = list(prompts)
-    elif "class_labels" in taken and _has_classes(pipe):
-        found["class_labels"] = [_class_of(pipe, prompt) for prompt in prompts]
+        arguments["prompt"] = list(prompts)
+    elif "class_labels" in taken:
+        arguments |= _classes(pipe, prompts)
     if "batch_size" in taken:
-        found["batch_size"] = len(prompts)
-    return found
+        arguments["batch_size"] = len(prompts)
+    return arguments
 
 
 @contextmanager
 def _no_other_noise(pipe):
     """ValueError if torch's global generators were drawn from, so that images miss their seeds."""
-    before = _global_random_states()
+
+    def states():
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else ()
+        return [torch.get_rng_state(), *cuda]
+
+    before = states()
     yield
-    moved = [not torch.equal(a, b) for a, b in zip(before, _global_random_states())]
+    moved = [not torch.equal(a, b) for a, b in zip(before, states())]
     valid = f"one that draws from the seeds' generators alone (in {type(pipe).__name__})"
     if moved[0]:
         refuse("scheduler", type(getattr(pipe, "scheduler", None)).__name__, valid)
     if any(moved):  # a GPU's kernels may move its state without drawing noise
         scheduler = type(pipe.scheduler).__name__
         warnings.warn(f"scheduler {scheduler} may draw noise that misses the seeds", stacklevel=4)
-
-
-def _global_random_states() -> list[torch.Tensor]:
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else ()
-    return [torch.get_rng_state(), *cuda]
-
-
-def _is_single(value, kind: type) -> bool:
-    is_array = isinstance(value, (np.ndarray, torch.Tensor)) and value.ndim < 4
-    return isinstance(value, kind) or is_array
 
 
 def _check_size(pipe, height, width) -> None:
@@ -132,15 +116,14 @@ def _check_size(pipe, height, width) -> None:
             refuse(name, value, f"a multiple of {factor} pixels, or 0 for the model's own size")
 
 
-def _has_classes(pipe) -> bool:
+def _classes(pipe, names) -> dict:
+    """Numbers of classes from names or numbers; nothing for a model that was trained without."""
     config = getattr(pipe.components.get("unet"), "config", {})
-    return config.get("num_class_embeds", 0) is not None
-
-
-def _class_of(pipe, name) -> int:
-    """Number of a class from its name or number."""
-    if str(name).isdigit():
-        return int(name)
-    if not hasattr(pipe, "get_label_ids"):
-        refuse("class", name, f"a whole number: {type(pipe).__name__} knows no names of classes")
-    return pipe.get_label_ids([name])[0]
+    if config.get("num_class_embeds", 0) is None:
+        return {}
+    found = []
+    for name in names:
+        if not str(name).isdigit() and not hasattr(pipe, "get_label_ids"):
+            refuse("class", name, f"a whole number: {type(pipe).__name__} knows no names")
+        found.append(int(name) if str(name).isdigit() else pipe.get_label_ids([name])[0])
+    return {"class_labels": found}
