@@ -43,19 +43,9 @@ PACKAGES = ("torch", "diffusers", "transformers", "numpy", "scikit-learn", "safe
 class Run:
     """One notebook at work in one run: its checked parameters, and the files it reads and writes.
 
-    Parameters
-    ----------
-    notebook : str
-        Its file's name without `.ipynb`, such as "03_train_residual_sae".
-    namespace : dict
-        The notebook's `globals()`, or its parameters as `parameters_for` gives them. Where the
-        notebook has replaced `run` by this object, the name that the object holds is taken.
-
-    Raises
-    ------
-    ValueError
-        A parameter has the wrong type, is out of range or is none of the notebook's, or the run's
-        folders cannot be written in. Nothing has been begun then.
+    `namespace` is the notebook's `globals()`, or a dict of its parameters; `run` may have been
+    replaced by this object. ValueError names a parameter of the wrong type, out of range or none of
+    the notebook's, or a folder that cannot be written in; nothing has been begun then.
     """
 
     def __init__(self, notebook: str, namespace: dict):
@@ -81,18 +71,13 @@ class Run:
     def __repr__(self) -> str:
         return f"Run({self.notebook!r}, {self.name!r})"
 
-    # --- files of the notebooks before ---
-
     def path(self, what: str) -> Path:
         """Where a file of the run lies: one of FILES, or a baseline by its name."""
         baseline = f"baselines/{what.replace(' ', '_')}.safetensors"
         return self.folder / FILES.get(what, (baseline,))[0]
 
     def made_from(self, what: str) -> dict[str, str]:
-        """What goes into the record of a file made from the trajectories, predictors or dictionary.
-
-        What is made from the dictionary is made from its predictors, too.
-        """
+        """For the record of a file that is made from trajectories, predictors or dictionary."""
         names = {"dictionary": ("predictors", "sae")}.get(what, (what,))
         return {name: fingerprint(self.path(name)) for name in names}
 
@@ -104,13 +89,11 @@ class Run:
     @cached_property
     def predictors(self) -> Predictors:
         """The predictors of notebook 02, on the run's device."""
-        found, record = Predictors.load(self.path("predictors"))
-        self._hold(record, "trajectories", FILES["predictors"][1])
-        return found.to(self.device)
+        return self._read(Predictors.load, "predictors", "trajectories")[0]
 
     @cached_property
     def _trained(self) -> tuple[Dictionary, dict]:
-        return self._dictionary(self.path("sae"), FILES["sae"][1], "predictors")
+        return self._read(Dictionary.load, "sae", "predictors")
 
     @property
     def dictionary(self) -> Dictionary:
@@ -134,13 +117,13 @@ class Run:
 
     def baseline(self, name: str) -> Dictionary:
         """A dictionary that notebook 04 made beside that of 03, such as "raw concat"."""
-        return self._dictionary(self.path(name), BASELINES, "predictors", "sae")[0]
+        return self._read(Dictionary.load, name, "predictors", "sae")[0]
 
     @cached_property
     def latents(self) -> dict:
         """What notebook 05 found each label's best latents to be."""
         found = load_json(self.path("latents"))
-        self._hold(found, "sae", FILES["latents"][1])
+        self._hold("latents", found, "sae")
         return found
 
     @cached_property
@@ -155,21 +138,18 @@ class Run:
         p = self.parameters
         return load_model(about["model"], p["device"], p["dtype"], about["revision"])
 
-    def _dictionary(self, path: Path, notebook: str, *made_from: str) -> tuple[Dictionary, dict]:
-        found, record = Dictionary.load(path)
-        for what in made_from:
-            self._hold(record, what, notebook)
+    def _read(self, load, what: str, *made_from: str) -> tuple:
+        """What a file holds, on the run's device, and its record, held against what it names."""
+        found, record = load(self.path(what))
+        self._hold(what, record, *made_from)
         return found.to(self.device), record
 
-    def _hold(self, record: dict, what: str, notebook: str) -> None:
-        """ValueError if a record names another version of a file than the one that stands there."""
-        path = self.path(what)
-        if record.get(what) != fingerprint(path):
-            raise ValueError(
-                f"{path.name} has changed since {notebook} read it; run {notebook} again"
-            )
-
-    # --- what the notebook leaves ---
+    def _hold(self, what: str, record: dict, *made_from: str) -> None:
+        notebook = FILES.get(what, ("", BASELINES))[1]
+        for source in made_from:
+            if record.get(source) != fingerprint(self.path(source)):
+                again = f"{notebook} read another one, so run {notebook} again"
+                raise ValueError(f"{self.path(source).name} has changed: {again}")
 
     def keep_other(self, path: Path, record: dict) -> Path | None:
         """Move a file made with another record aside, to a name of its own, which is returned."""
@@ -192,26 +172,19 @@ class Run:
     def write(self, metrics: dict) -> Path:
         """Write metrics/<notebook>.json: the figures reported, parameters and versions."""
         path = self.folder / "metrics" / f"{self.notebook}.json"
-        record = {
-            "notebook": self.notebook,
-            "parameters": self.parameters,
-            "metrics": metrics,
-            "versions": {"python": platform.python_version()} | {p: version(p) for p in PACKAGES},
-        }
-        save_json(path, record, sort_keys=False)  # tables keep the notebook's order
+        record = {"notebook": self.notebook, "parameters": self.parameters, "metrics": metrics}
+        versions = {"python": platform.python_version()} | {p: version(p) for p in PACKAGES}
+        save_json(path, record | {"versions": versions}, sort_keys=False)  # tables keep this order
         print(f"{path.name} written")
         return path
 
 
 def run_folder(run: str) -> Path:
     """runs/<run> under the project, or the folder itself if `run` is an absolute path."""
-    if not isinstance(run, str) or not (Path(run).is_absolute() or _is_name(run)):
+    named = re.fullmatch(r"[\w.-]*[\w-][\w.-]*", str(run))
+    if not isinstance(run, str) or not (named or Path(run).is_absolute()):
         refuse("run", run, "letters, digits, '.', '_' and '-', or an absolute path")
     return _parameters.ROOT / "runs" / run
-
-
-def _is_name(run: str) -> bool:
-    return bool(re.fullmatch(r"[\w.-]+", run)) and set(run) != {"."}
 
 
 def figures_folder(run: str) -> Path:

@@ -16,6 +16,10 @@ from helpers.run.folder import figures_folder, run_folder
 
 HELPERS = Path(__file__).resolve().parents[1]
 WIDGET = "application/vnd.jupyter.widget-view+json"
+METADATA = {
+    "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+    "language_info": {"name": "python"},
+}
 
 
 def execute(name: str) -> list[Path]:
@@ -35,20 +39,20 @@ def execute(name: str) -> list[Path]:
         state = _hash(state, _code(notebook), json.dumps(chosen, sort_keys=True))
         stamp = folder / "done" / f"{notebook.stem}.json"
         copies.append(folder / "notebooks" / notebook.name)
-        before = load_json(stamp) if stamp.exists() else {"state": "", "files": {}}
+        before = load_json(stamp) if stamp.exists() else {"files": {}}
         print(f"{notebook.stem:28}", end="", flush=True)
-        if before["state"] == state and _intact(before["files"]):
+        if before.get("state") == state and _intact(before["files"]):
             print("done and intact", flush=True)
             continue
         there, start = _snapshot(folder, figures), time.perf_counter()
         _papermill(notebook, copies[-1], chosen)
         seconds = round(time.perf_counter() - start, 1)
-        written = {_name(p) for p, t in _snapshot(folder, figures).items() if there.get(p) != t}
-        for stale in set(before["files"]) - written:
-            if (parameters.ROOT / stale).is_relative_to(figures):  # drawn with other parameters
-                (parameters.ROOT / stale).unlink(missing_ok=True)
-        left = sorted(p for p in written | set(before["files"]) if (parameters.ROOT / p).exists())
-        files = {p: digest(parameters.ROOT / p) for p in left}
+        written = {p for p, t in _snapshot(folder, figures).items() if there.get(p) != t}
+        earlier = {Path(p) for p in before["files"]}
+        for stale in earlier - written:
+            if stale.is_relative_to(figures):  # drawn with other parameters
+                stale.unlink(missing_ok=True)
+        files = {str(p): digest(p) for p in sorted(written | earlier) if p.exists()}
         save_json(stamp, {"state": state, "files": files, "seconds": seconds})
         print(f"{seconds:6.0f} s", flush=True)
     return copies
@@ -93,8 +97,7 @@ def _code(notebook: Path) -> str:
 
 
 def _intact(files: dict[str, str]) -> bool:
-    paths = {parameters.ROOT / name: known for name, known in files.items()}
-    return all(path.exists() and digest(path) == known for path, known in paths.items())
+    return all(Path(p).exists() and digest(p) == known for p, known in files.items())
 
 
 def _snapshot(run: Path, figures: Path) -> dict[Path, int]:
@@ -102,11 +105,6 @@ def _snapshot(run: Path, figures: Path) -> dict[Path, int]:
     paths = {p for folder in (run, figures) for p in folder.rglob("*") if p.is_file()}
     aside = {p for p in paths if p.name.endswith(".part") or p.is_relative_to(run / "done")}
     return {p: p.stat().st_mtime_ns for p in paths - aside}
-
-
-def _name(path: Path) -> str:
-    root = parameters.ROOT
-    return str(path.relative_to(root) if path.is_relative_to(root) else path)
 
 
 def publish(copies: list[Path]) -> None:
@@ -117,22 +115,14 @@ def publish(copies: list[Path]) -> None:
     for copy in copies:
         target = parameters.NOTEBOOKS / copy.name
         committed = nbformat.read(target, as_version=4)
-        ran = [c for c in nbformat.read(copy, as_version=4).cells if not _was_injected(c)]
+        ran = nbformat.read(copy, as_version=4).cells
+        ran = [c for c in ran if "injected-parameters" not in c.metadata.get("tags", [])]
         code = [(a, b) for a, b in zip(committed.cells, ran, strict=True) if a.cell_type == "code"]
         for count, (cell, executed) in enumerate(code, 1):
             cell.execution_count = count
             cell.outputs = [_clean(o, count) for o in executed.outputs if _to_keep(o)]
-        committed.metadata = nbformat.from_dict(
-            {
-                "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
-                "language_info": {"name": "python"},
-            }
-        )
+        committed.metadata = nbformat.from_dict(METADATA)
         nbformat.write(committed, target)
-
-
-def _was_injected(cell) -> bool:
-    return "injected-parameters" in cell.metadata.get("tags", [])
 
 
 def _to_keep(output) -> bool:
@@ -156,7 +146,7 @@ def publish_results(run: str) -> None:
     from helpers.run import report
 
     figures, stamps = figures_folder(run), (run_folder(run) / "done").glob("*.json")
-    made = {parameters.ROOT / name for stamp in stamps for name in load_json(stamp)["files"]}
+    made = {Path(p) for stamp in stamps for p in load_json(stamp)["files"]}
     for plot in set(figures.glob("*.p??")) - made:
         plot.unlink()  # of an earlier run
     for path in sorted((run_folder(run) / "metrics").glob("0[1-9]_*.json")):

@@ -46,17 +46,11 @@ NEVER_EMPTY = ("strengths", "hookpoint", "model", "prompts")
 
 KINDS = {  # type as written -> whether a value is of it, in words
     "bool": (lambda v: isinstance(v, bool), "true or false"),
-    "int": (lambda v: isinstance(v, int) and not isinstance(v, bool), "a whole number"),
-    "float": (
-        lambda v: isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v),
-        "a finite number",
-    ),
+    "int": (lambda v: type(v) is int, "a whole number"),
+    "float": (lambda v: type(v) in (int, float) and math.isfinite(v), "a finite number"),
     "str": (lambda v: isinstance(v, str), "a text"),
     "list": (lambda v: isinstance(v, list), "a list"),
-    "dict": (
-        lambda v: isinstance(v, dict) and all(isinstance(k, str) for k in v),
-        "pairs of name and value",
-    ),
+    "dict": (lambda v: isinstance(v, dict) and all(isinstance(k, str) for k in v), "named values"),
 }
 
 
@@ -76,10 +70,7 @@ def parameters_of(notebook: Path) -> dict[str, tuple]:
 
 
 def checked(values: dict, known: dict[str, tuple]) -> dict:
-    """Parameters as they are; ValueError for one of the wrong type or out of its range.
-
-    `known` is of `parameters_of`.
-    """
+    """Parameters as they are; ValueError for one that is not as `known` (of `parameters_of`)."""
     for name, value in values.items():
         default, kind = known[name]
         outer, _, inner = kind.removesuffix("]").partition("[")
@@ -98,10 +89,7 @@ def checked(values: dict, known: dict[str, tuple]) -> dict:
 
 
 def load_parameters(name: str) -> dict:
-    """What notebooks/parameters/<name>.yaml sets, or a .yaml file by its path.
-
-    Raises ValueError for a file that is none, and for a parameter that no notebook has.
-    """
+    """What notebooks/parameters/<name>.yaml sets, or a .yaml file by its path."""
     folder = NOTEBOOKS / "parameters"
     path = Path(name) if name.endswith((".yaml", ".yml")) else folder / f"{name}.yaml"
     if not path.exists():
