@@ -1,12 +1,12 @@
 """What each latent detects: how well its codes tell the tokens of a label from others.
 
 AUROC is the chance that a token with the label has a larger code than one without it: 0.5 is
-guessing, 1 is never wrong. Tokens are compared with tokens of things of the label's kind only
-(`Labels.contrast`). The latent of a label is the best one on validation images; its figure is that
-on test images, since the best of many is always partly luck on the images that chose it.
+guessing, 1 is never wrong. Tokens are compared with tokens of things of the label's kind only. The
+latent of a label is the best one on validation images; its figure is that on test images, since the
+best of many is always partly luck on the images that chose it.
 
-A code that is thresholded is zero at most tokens, and these all tie: the threshold is a cut, which
-costs a latent that is active too rarely. Dense two-sided codes, such as neurons, know no cut.
+A thresholded code is zero at most tokens, and these all tie: the threshold is a cut, which costs a
+latent that is active too rarely. Dense two-sided codes, such as neurons, know no cut.
 """
 
 from __future__ import annotations
@@ -25,15 +25,9 @@ from helpers.measure.labels import Labels
 
 @dataclass(frozen=True)
 class Codes:
-    """Codes of a dictionary at every token of some images.
+    """Codes of a dictionary, (image · token, latent): CSC or, of two-sided latents, an array.
 
-    Attributes
-    ----------
-    values : float, (image · token, latent)
-        A scipy CSC matrix; of two-sided latents, which are hardly ever zero, an array.
-    n_images : int
-    two_sided : bool
-        Whether a small code may tell a label as well as a large one does.
+    Two-sided: a small code may tell a label as well as a large one does.
     """
 
     values: scipy.sparse.csc_matrix | np.ndarray
@@ -58,15 +52,9 @@ class Codes:
 def encode(
     dictionaries: dict, shards_of_x: Iterable[torch.Tensor], dtype: torch.dtype = torch.float32
 ) -> dict[str, Codes]:
-    """Codes of several dictionaries, in one pass over the images.
+    """Codes of several `Dictionary`s, in one pass over x (image, token, step, channel).
 
-    Parameters
-    ----------
-    dictionaries : dict of name to helpers.dictionary.Dictionary
-    shards_of_x : Float[Tensor, "image token step channel"]
-        Standardised trajectories.
-    dtype
-        Precision of sparse coders' products.
+    `dtype` is the precision of sparse coders' products.
     """
     dictionaries = copy.deepcopy(dictionaries)  # the ones given keep their precision
     for dictionary in dictionaries.values():
@@ -77,8 +65,7 @@ def encode(
         n_images += len(x)
         for name, dictionary in dictionaries.items():
             for image in x:  # one at a time: codes are dense for a moment
-                with torch.no_grad():
-                    z = dictionary.codes(image).float().cpu().numpy()
+                z = dictionary.codes(image).float().cpu().numpy()
                 rows[name].append(z if dictionary.two_sided else scipy.sparse.csr_matrix(z))
     return {
         name: Codes(np.concatenate(rows[name]), n_images, two_sided=True)
@@ -89,15 +76,10 @@ def encode(
 
 
 def aurocs(codes: Codes, labellings: list[Labels], names: list[str]) -> np.ndarray:
-    """AUROC of every latent for every label, among tokens of things of the label's kind.
+    """AUROC of every latent for every label: float, (labelling, latent, label).
 
-    Parameters
-    ----------
-    labellings : labels that differ only in which thing carries what, as `Labels.shuffled` makes.
-
-    Returns
-    -------
-    float, (labelling, latent, label); 0.5 for a label that all or no tokens have.
+    `labellings` differ only in which thing carries what, as `Labels.shuffled` makes them. 0.5 for a
+    label that all or no tokens have.
     """
     first = labellings[0]
     kinds = np.array([first.kind_of(name) for name in names])
@@ -114,13 +96,9 @@ def aurocs(codes: Codes, labellings: list[Labels], names: list[str]) -> np.ndarr
 
 
 def choose(codes: Codes, labellings: list[Labels], names: list[str]):
-    """The latent that detects each label best.
+    """Each label's best latent, its AUROC and its sign, each (labelling, label).
 
-    Returns
-    -------
-    latent : int; auroc : float; sign : int: each (labelling, label)
-        The sign is -1 for a two-sided latent that is smaller where the label holds: turning a
-        score round turns its AUROC round.
+    The sign is -1 for a two-sided latent that is smaller where the label holds.
     """
     found = aurocs(codes, labellings, names)
     either = np.maximum(found, 1 - found) if codes.two_sided else found
@@ -132,30 +110,19 @@ def choose(codes: Codes, labellings: list[Labels], names: list[str]):
 
 @dataclass(frozen=True)
 class Detection:
-    """How well a dictionary's best latents detect labels; each is a dict by label.
-
-    Attributes
-    ----------
-    latent : int
-        The best latent on the validation images.
-    validation : float
-        Its AUROC there.
-    resampled : float, (1 + n_resamples,)
-        Its AUROC on the test images, then on resampled test images: the same ones for every
-        dictionary, so that values can be subtracted.
-    arbitrary : float, (n_shuffles,)
-        AUROC on the test images, with their true labels, of latents that were chosen in the same
-        way for shuffled labels of the validation images: what a latent reaches that was not
-        chosen for the label. It is above 0.5 if most latents detect it.
-    on_test : float, (latent,)
-        AUROC of every latent on the test images.
-    """
+    """How well a dictionary's best latents detect labels; each attribute is a dict by label."""
 
     latent: dict[str, int]
+    """The best latent on the validation images."""
     validation: dict[str, float]
+    """Its AUROC there."""
     resampled: dict[str, np.ndarray]
+    """Its AUROC on test images, then on resampled ones, the same for every dictionary."""
     arbitrary: dict[str, np.ndarray]
+    """AUROC on the true labels of test images of latents chosen for shuffled validation labels,
+    (shuffle,): what a latent reaches that was not chosen for the label."""
     on_test: dict[str, np.ndarray]
+    """AUROC of every latent on the test images, (latent,)."""
 
     def auroc(self, *names: str) -> metrics.Estimate:
         """AUROC on the test images, mean over labels, with its interval over images.
@@ -170,31 +137,19 @@ class Detection:
 
     def by_luck(self, *names: str) -> metrics.Estimate:
         """Mean and central 95 % over shuffles of what arbitrary latents reach, mean over labels."""
-        told = [n for n in names if not np.isnan(self.resampled[n][0])]
-        reached = np.array([self.arbitrary[n] for n in told])
-        return _mean([np.array([v.mean(), *v]) for v in reached])
+        told = [self.arbitrary[n] for n in names if not np.isnan(self.resampled[n][0])]
+        return _mean([np.array([v.mean(), *v]) for v in told])
 
 
 def _mean(resampled: list[np.ndarray]) -> metrics.Estimate:
-    """Mean over labels of figures and their resampled values, without those that are NaN."""
     told = [v for v in resampled if not np.isnan(v[0])]
     return metrics.of_resampled(np.mean(told, axis=0)) if told else metrics.NOTHING
 
 
-def detect(
-    codes: dict[str, Codes],
-    labels: dict[str, Labels],
-    names: list[str],
-    *,
-    n_shuffles: int,
-    seed: int = 0,
-) -> Detection:
-    """Choose latents on the validation images and measure them on the test images.
+def detect(codes: dict, labels: dict, names: list[str], *, n_shuffles: int, seed=0) -> Detection:
+    """Choose latents on validation images and measure them on test images.
 
-    Parameters
-    ----------
-    codes, labels : dicts with 'validation' and 'test'
-    n_shuffles : how often labels are shuffled for the control.
+    `codes` and `labels` are dicts with 'validation' and 'test'.
     """
     rng = np.random.default_rng(seed)
     true = labels["validation"]
@@ -207,12 +162,9 @@ def detect(
     for name, latent, sign in zip(names, latents[0], signs[0]):
         labelled, others = labels["test"].contrast(name)
         among = labelled | others
+        scores, images = codes["test"].of(latent)[among] * sign, np.nonzero(among)[0]
         resampled[name] = metrics.resampled_auroc(
-            codes["test"].of(latent)[among] * sign,
-            labelled[among],
-            np.nonzero(among)[0],
-            codes["test"].n_images,
-            seed=seed,
+            scores, labelled[among], images, codes["test"].n_images, seed=seed
         )
     return Detection(
         latent=dict(zip(names, latents[0].tolist())),
@@ -224,15 +176,9 @@ def detect(
 
 
 def holds_at_top(codes: Codes, labels: Labels, name: str, latent: int, n: int = 20):
-    """How often a label holds where a latent is strongest.
+    """Whether a label holds at a latent's strongest token, in each of its top images, bool.
 
-    Returns
-    -------
-    holds : bool, (image,)
-        Whether the label holds at the latent's strongest token, in each of the n images in which
-        it is strongest; fewer images if it fires on fewer.
-    anywhere : float
-        The label's share among all tokens of things of its kind; NaN if there are none.
+    At most n images, those in which it fires; and the label's share of all tokens of its kind.
     """
     z, (labelled, others) = codes.of(latent), labels.contrast(name)
     top = [i for i in codes.top_images(latent, n) if z[i].max() > 0]

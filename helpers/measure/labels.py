@@ -14,24 +14,16 @@ from PIL import Image
 
 @dataclass(frozen=True)
 class Labels:
-    """Labels of tokens.
-
-    Attributes
-    ----------
-    names : list of str
-        'colour=red', 'background=sky', or 'word=dog'.
-    owner : int, (image, token)
-        Which thing each token belongs to, an index into `has`; -1 where it belongs to none.
-    has : bool, (thing, label)
-        Which labels each thing carries.
-    kind : int, (thing,)
-        Things of one kind can be exchanged in a control, such as objects, or backgrounds.
-    """
+    """Labels of tokens, by way of the things that tokens belong to."""
 
     names: list[str]
+    """Such as 'colour=red', 'background=sky' or 'word=dog'."""
     owner: np.ndarray
+    """Which thing each token belongs to, (image, token), an index into `has`; -1 for none."""
     has: np.ndarray
+    """Which labels each thing carries, bool, (thing, label)."""
     kind: np.ndarray
+    """Things of one kind, such as objects, can be exchanged in a control: int, (thing,)."""
 
     def at_tokens(self) -> np.ndarray:
         """Labels of every token, bool, (image, token, label); False where a token has no owner."""
@@ -49,12 +41,7 @@ class Labels:
         return int(carriers[0]) if len(carriers) else 0
 
     def contrast(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens with a label, and tokens without it that belong to things of the same kind.
-
-        Returns
-        -------
-        Two masks, each bool, (image, token).
-        """
+        """Tokens with a label, and others of things of its kind: two bool (image, token)."""
         among = self.of_kind(self.kind_of(name))
         labelled = self.at_tokens()[..., self.names.index(name)]
         return among & labelled, among & ~labelled

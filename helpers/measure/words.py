@@ -16,14 +16,10 @@ WHOLE_IMAGE = 0  # the only kind of thing in `Labels.kind`
 
 
 class Words:
-    """Truth by words: labels come from the prompts; of images themselves nothing is known.
+    """Labels are the commonest 20 words that a twentieth to half of all the run's prompts have.
 
-    Labels are the commonest 20 words, or numbers of classes, that a twentieth to half of all
-    prompts have; where there are none, as without prompts, the upper and lower halves of the image.
-
-    Parameters
-    ----------
-    prompts : all prompts of a run, so that its splits have the same labels.
+    Numbers of classes are words. Where there are none, as without prompts, labels are the upper and
+    lower halves of the image.
     """
 
     def __init__(self, prompts: Sequence[str] = ()):

@@ -18,10 +18,9 @@ def show_image(ax, image: np.ndarray, title: str = "") -> None:
 
 
 def overlay(ax, image: np.ndarray, heat: np.ndarray, vmax: float, left: float = 0.0):
-    """A heat map (rows, columns) of tokens, from 0 to vmax, with the image's edges drawn over it.
+    """A heat map (rows, columns), from 0 to vmax, under the image's edges; returns the mappable.
 
-    Colours are those of the colour bar: the image does not shine through. Its left edge is at x =
-    `left`, in the image's pixels. Returns the mappable.
+    Colours are those of the colour bar. The left edge is at x = `left`, in the image's pixels.
     """
     height, width = image.shape[:2]
     place = {"extent": (left, left + width, height, 0), "interpolation": "nearest"}
@@ -35,13 +34,9 @@ def overlay(ax, image: np.ndarray, heat: np.ndarray, vmax: float, left: float = 
 
 
 def heat_strip(ax, image: np.ndarray, heat: np.ndarray, timesteps, vmax: float, titles=True):
-    """The image and, to its right, one heat map per kept step over it, all on one colour scale.
+    """The image and, to its right, a heat map for each step of `heat` (step, rows, columns).
 
-    Parameters
-    ----------
-    heat : float, (step, rows, columns)
-
-    Returns the mappable. One axes for all of them, since axes are what takes time to draw.
+    All in one axes, since axes are what takes time to draw; returns the mappable.
     """
     height, width = image.shape[:2]
     extent = (0, width, height, 0)

@@ -36,16 +36,8 @@ COLOURS = {
     "random": "#999999",
 }
 ALIASES = {
-    "residual": "residual concat",
-    "raw": "raw concat",
-    "residual latent": "residual concat",
-    "raw latent": "raw concat",
-    "residual SAE": "residual concat",
-    "raw SAE": "raw concat",
-    "single neurons": "neurons",
-    "untrained": "untrained residual",
-    "PCA": "PCA raw",
-    "random rows": "random",
+    **{"residual latent": "residual concat", "raw latent": "raw concat", "PCA": "PCA raw"},
+    **{"random rows": "random", "untrained": "untrained residual"},
 }
 
 
@@ -67,11 +59,10 @@ def use_style() -> None:
 
 
 def save_figure(fig: Figure, folder, name: str, **about) -> None:
-    """Write `name`.pdf and `name`.png into `folder`.
+    """Write `name`.pdf and `name`.png into `folder`, or OSError, and what stood there stays.
 
-    They carry no dates, so that the same run gives the same bytes; `about` (notebook, run, commit)
-    goes into their metadata. The layout is computed once and then stays, which saves a quarter of the time.
-    Raises OSError where they cannot be written; what stood there stays.
+    The same run gives the same bytes: no dates. `about` (notebook, run, commit) goes into metadata.
+    The layout is computed once and then stays, which saves a quarter of the time.
     """
     fig.draw_without_rendering()
     fig.set_layout_engine("none")

@@ -11,12 +11,9 @@ from helpers.plots.images import png
 
 
 def viewer(view: Callable[..., Figure], **controls: ipywidgets.Widget) -> ipywidgets.VBox:
-    """Controls in a row above what `view` draws from their values, drawn anew when one changes.
+    """Controls in a row above what `view` draws from their values, by argument name.
 
-    Parameters
-    ----------
-    view : a function that returns a figure; its arguments are named as the controls are.
-    controls : widgets with a value. Give those that start slow work `continuous_update=False`.
+    It is drawn anew when one changes; give those that start slow work `continuous_update=False`.
     """
     picture = ipywidgets.Image(format="png")
 
