@@ -28,18 +28,10 @@ def in_units(value: float, unit: str = "B") -> str:
     return f"{value} {unit}"
 
 
-# --- tensors ---
-
-
 def save_tensors(path: str | Path, tensors: dict[str, torch.Tensor], record: dict | None = None):
-    """Write tensors and a JSON-able `record` as one safetensors file, atomically.
+    """Write tensors, a JSON-able `record` and the SHA-256 of both, as safetensors, atomically.
 
-    Its metadata hold the record and the SHA-256 of all that was written.
-
-    Raises
-    ------
-    OSError
-        The file cannot be written (full disk, no permission); what stood at `path` is untouched.
+    OSError if it cannot be written; what stood at `path` is then untouched.
     """
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     record = json.loads(json.dumps(record or {}))  # as it will come back
@@ -52,13 +44,8 @@ def save_tensors(path: str | Path, tensors: dict[str, torch.Tensor], record: dic
 def load_tensors(path: str | Path, names=None) -> tuple[dict[str, torch.Tensor], dict]:
     """Read what `save_tensors` wrote: tensors on the CPU, and the record.
 
-    All tensors are checked against the SHA-256 in the file, if there is one; only some, those of
-    `names`, are not.
-
-    Raises
-    ------
-    FileNotFoundError, ValueError
-        No such file, or a damaged one; the sentence names it.
+    All tensors are checked against the SHA-256 in the file; only some, those of `names`, are not.
+    FileNotFoundError or ValueError names a file that is missing or damaged.
     """
     with _opened(path) as f:
         tensors = {name: f.get_tensor(name) for name in (f.keys() if names is None else names)}
@@ -85,9 +72,6 @@ def _content(tensors: dict[str, torch.Tensor], record: dict) -> str:
     return found.hexdigest()
 
 
-# --- records ---
-
-
 def save_text(path: str | Path, text: str) -> None:
     """Write a text file, atomically."""
     _replace(Path(path), lambda aside: aside.write_text(text))
@@ -105,9 +89,6 @@ def load_json(path: str | Path):
         return json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise _damaged(path, error) from error
-
-
-# --- whole or absent ---
 
 
 def _replace(path: Path, write) -> None:
