@@ -41,15 +41,9 @@ class Projection(torch.nn.Module):
 
 
 class Dictionary(torch.nn.Module):
-    """Coordinates and a coder.
+    """Coordinates and a coder, under the name that tables and figures use.
 
-    Parameters
-    ----------
-    name : str
-        What tables and figures call it, such as "residual concat".
-    coder : SAE or Projection
-        Of d_in = S · d, or of d_in = d: then each step is coded on its own, and latent s · n + j is
-        the coder's latent j at step s.
+    A coder of d_in = d codes each step on its own; latent s · n + j is then its latent j at step s.
     """
 
     def __init__(self, name: str, coordinates: Coordinates, coder: torch.nn.Module):
@@ -97,10 +91,7 @@ class Dictionary(torch.nn.Module):
         return self.rebuild(self.codes(x))
 
     def directions(self, latents=slice(None)) -> torch.Tensor:
-        """Feature trajectories u of latents (an index, list or slice), (…, S, d), standardised.
-
-        What a code of 1 adds to a reconstruction.
-        """
+        """Feature trajectories u, (…, S, d), of latents (index, list or slice): what a 1 adds."""
         W, n = self.coder.W_dec, self.coder.n_latents
         latents = torch.arange(self.n_latents, device=W.device)[latents]
         blocks = self.coordinates.d_in // self.coder.d_in
@@ -169,10 +160,7 @@ def neurons(predictors: Predictors, name: str = "neurons") -> Dictionary:
 def pca(
     coordinates: Coordinates, trajectories: Iterable[torch.Tensor], k: int, name: str = "PCA"
 ) -> Dictionary:
-    """The k largest principal components, in these coordinates, of trajectories (…, S, d).
-
-    `trajectories` gives standardised ones, shard by shard, whose mean is taken to be zero.
-    """
+    """The k largest principal components of standardised trajectories, shards of (…, S, d)."""
     covariance = torch.zeros(coordinates.d_in, coordinates.d_in, dtype=torch.float64)
     for x in trajectories:
         y = coordinates.residualize(x).flatten(0, -2)

@@ -71,12 +71,7 @@ def accumulate(
     """Moments of raw activations, each shard Float[Tensor, "image step token channel"].
 
     Sums are float64, on the CPU where the device has none (MPS), and come back on the CPU. Where no
-    `shift` is given, it is the first shard's mean.
-
-    Raises
-    ------
-    ValueError
-        No trajectories, or a value that is not finite.
+    `shift` is given, it is the first shard's mean. ValueError for a value that is not finite.
     """
     device = "cpu" if str(device).startswith("mps") else device
     moments: Moments | None = None

@@ -91,13 +91,8 @@ def fit(
     Solves (XᵀX + strength · tr(XᵀX)/d · I) A = XᵀY in float64 on standardised activations. The
     intercept is not penalised, and is zero because both sides are centred. The result is rounded to
     `dtype`. Where there are fewer trajectories than channels, so that training residuals all but
-    vanish, rho is measured on the held-out images.
-
-    Raises
-    ------
-    ValueError
-        A strength below 0; no trajectories; a step that never varies, that is predicted without
-        error, or whose predictor is not determined.
+    vanish, rho is measured on the held-out images. ValueError names a step that never varies, is
+    predicted without error, or whose predictor is not determined.
     """
     strengths = _checked(strengths)
     if not train.count or not validation.count:

@@ -16,17 +16,7 @@ from helpers.checks import in_range, refuse
 class SAE(torch.nn.Module):
     """z = JumpReLU((y − b_dec) W_enc + b_enc), y_hat = z W_dec + b_dec.
 
-    Parameters
-    ----------
-    d_in, n_latents : int
-        Width of the input, and number of latents.
-    k : int or float
-        Active latents per input, on average over a batch: it need not be whole.
-
-    Raises
-    ------
-    ValueError
-        n_latents below 1, or k not above 0 and at most n_latents.
+    k is the number of active latents per input, on average over a batch; it need not be whole.
     """
 
     sparse = True  # codes are mostly zero and never negative

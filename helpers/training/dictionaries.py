@@ -27,23 +27,12 @@ def train_dictionary(
 ) -> tuple[Dictionary, History]:
     """Train an SAE on a store's training trajectories, seen in some coordinates.
 
-    Its threshold is the one learnt in training; `Dictionary.calibrate` sets another on `held_out`.
-
-    Parameters
-    ----------
-    store
-        Gives `batches(split, batch_size, seed, start, share)` of raw trajectories (n, S, d).
-    config : TrainConfig
-        For whole trajectories. A one-step SAE over S steps gets k / S active latents an input,
-        whole or not, for equal cost; S · n_latents for equal parameters, since its input is S times
-        narrower; and S · dead_after, since its inputs are single steps.
-    one_step : bool
-        Whether to code each step on its own, with the same weights for all steps.
-    updates_factor : int
-        How many times `config.n_updates` to train. 0 is S for a one-step SAE, which so sees as many
-        trajectories in batches of as many inputs, else 1.
-    checkpoints, accelerator
-        As in `train`. A checkpoint must agree in `made_from`, too, and in the coordinates.
+    `config` is for whole trajectories. With `one_step`, each of the S steps is coded on its own by
+    the same weights: k / S active latents a step (whole or not) for equal cost, S · n_latents for
+    equal parameters, since its input is S times narrower, and S · dead_after. It is trained for
+    `updates_factor` · n_updates, where 0 stands for S, to see as many trajectories. Checkpoints, as
+    in `train`, must also agree in the coordinates and in `made_from`. The threshold is the one
+    learnt in training; `Dictionary.calibrate` sets another on `held_out`.
     """
     S = coordinates.n_steps if one_step else 1
     config = replace(

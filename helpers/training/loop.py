@@ -85,26 +85,14 @@ def train(
     save_every: int = 500,
     label: str = "SAE",
 ) -> tuple[SAE, History]:
-    """Train an SAE with Adam.
+    """Train an SAE with Adam on `batches` (batch, d_in), or on `batches(n)`, which leaves out n.
 
-    Parameters
-    ----------
-    batches : iterable of Float[Tensor, "batch d_in"], or callable
-        A function of the number of batches to leave out that returns such an iterable.
-    checkpoints : folder, optional
-        Where the whole state is kept every `save_every` updates, in a file named by the settings.
-        If it is there, training goes on from it and ends with the weights that it would have had
-        without stopping, bit for bit on a CPU; a finished one is only loaded.
-    record : dict, optional
-        What else a checkpoint must agree in, such as the data's fingerprint.
-    accelerator : accelerate.Accelerator, optional
-        Data parallel: each process gives its part of every batch, and the largest codes are chosen
-        among all of them.
-
-    Raises
-    ------
-    FloatingPointError
-        NaN or infinity in a batch or in the loss, naming the update; the last checkpoint stays.
+    In the folder `checkpoints`, the whole state is kept every `save_every` updates, in a file named
+    by the settings and by `record`, which may tell the data's fingerprint. If it is there, training
+    goes on from it and ends with the weights that it would have had without stopping, bit for bit
+    on a CPU. With an `accelerate.Accelerator`, each process gives its part of every batch, and the
+    largest codes are chosen among all. NaN or infinity in a batch or in the loss raises
+    FloatingPointError, naming the update; the last checkpoint stays.
     """
     # MPS has no sparse products
     device = "cpu" if str(device).startswith("mps") else device

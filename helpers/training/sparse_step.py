@@ -31,10 +31,6 @@ class SparseStep:
 
     The loss is FVU + aux_coefficient · (auxiliary loss of Gao et al. 2024, arXiv:2406.04093): dead
     latents reconstruct what the others left over. Decoder rows stay of unit norm.
-
-    Attributes
-    ----------
-    optimiser : torch.optim.Adam
     """
 
     def __init__(self, sae: SAE, config, accelerator=None):
@@ -140,12 +136,8 @@ def _csr(starts, columns, values, n: int, m: int) -> torch.Tensor:
 def _largest(
     flat: torch.Tensor, n: int, accelerator
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The n largest entries over all processes.
-
-    Returns
-    -------
-    Places, ascending, and values of those that are here and positive; and the n-th largest.
-    """
+    """Of the n largest entries over all processes, the places, ascending, and values of those that
+    are here and positive; and the n-th largest."""
     among = flat[:0].long()
     if flat.numel() > 100_000:
         # a sample says where the cut lies, so that few entries need sorting; its stride is odd, so
