@@ -179,15 +179,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m helpers.run.estimate", description=__doc__.splitlines()[0]
     )
-    parser.add_argument(
-        "parameters", help="a file in notebooks/parameters, without .yaml, or a path to one"
-    )
-    parser.add_argument(
-        "--tflops",
-        type=float,
-        default=60.0,
-        help="what the GPU sustains, in 10¹² operations a second (default 60)",
-    )
+    parser.add_argument("parameters", help="a file in notebooks/parameters, or a path to one")
+    words = "what the GPU sustains, in 10¹² operations a second (default 60)"
+    parser.add_argument("--tflops", type=float, default=60.0, help=words)
     given = parser.parse_args()
     try:
         print(estimate(given.parameters, tflops=given.tflops))

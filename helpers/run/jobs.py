@@ -46,9 +46,6 @@ SET_BY_COLLECTING = (  # not to be given as arguments of a pipeline's call
 )
 
 
-# --- what notebook 01's parameters ask for ------------------------------------------------------
-
-
 def plan_of(parameters: dict) -> Plan:
     """The collection that notebook 01's parameters ask for; ValueError names one that cannot be.
 
@@ -131,9 +128,6 @@ def _revision_of(p: dict) -> dict:
     return {"revision": resolved_revision(p["model"], p["revision"])}
 
 
-# --- the jobs -----------------------------------------------------------------------------------
-
-
 def accelerator_of(parameters: dict) -> Accelerator | None:
     """What binds a launcher's processes together, on GPUs or on the CPU; None for a single one."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
@@ -210,13 +204,9 @@ def main() -> None:
         prog="accelerate launch -m helpers.run.jobs", description=__doc__.splitlines()[0]
     )
     parser.add_argument("job", choices=("collect", "moments", "train"))
-    parser.add_argument(
-        "parameters", help="a file in notebooks/parameters, without .yaml, or a path to one"
-    )
+    parser.add_argument("parameters", help="a file in notebooks/parameters, or a path to one")
     parser.add_argument("--shard_index", type=int, default=0, help="collect: this machine's part")
-    parser.add_argument(
-        "--num_shards", type=int, default=1, help="collect: how many machines share the folder"
-    )
+    parser.add_argument("--num_shards", type=int, default=1, help="collect: machines on one disk")
     given = parser.parse_args()
     notebook = {"collect": "01", "moments": "02", "train": "03"}[given.job]
     try:

@@ -30,19 +30,9 @@ def collect(
 ) -> dict:
     """Record every prompt of a plan, one shard a batch; shards that are whole are left alone.
 
-    Parameters
-    ----------
-    accelerator : accelerate.Accelerator, optional
-        Shares the shards out among its processes.
-    share : (index, n)
-        This machine's part, where n share the folders; the last to finish writes the manifests.
-    only_check : bool
-        Raise what collecting would raise at its beginning, and collect nothing.
-
-    Returns
-    -------
-    dict
-        `new_images` made by this call in `new_seconds`, and `missing_images`, not there yet.
+    Processes of an `accelerate.Accelerator` share the shards out; so do n machines on one disk,
+    with `share` (index, n). `only_check` raises what collecting would raise at its beginning.
+    Returns `new_images` made by this call in `new_seconds`, and `missing_images`, not there yet.
     """
     index, parts = share
     in_range("num_shards", parts, 1)
@@ -60,26 +50,26 @@ def collect(
         _check_disk(folders, pipe, lacking)
     if only_check:
         return {"new_images": 0, "new_seconds": 0.0, "missing_images": plan.n_images(lacking)}
-    _wait(accelerator)  # all have looked at the disk before any of them writes
+    wait = accelerator.wait_for_everyone if accelerator else lambda: None
+    wait()  # all have looked at the disk before any of them writes
     start = time.perf_counter()
     _record(folders, pipe, todo, own, silent=accelerator and not accelerator.is_main_process)
     seconds = time.perf_counter() - start
-    _wait(accelerator)
+    wait()
     missing = plan.n_images(_absent(folders))
     if not missing and (accelerator is None or accelerator.is_main_process):
         for folder in folders:
             folder.finish()
-    _wait(accelerator)
-    new = plan.n_images(todo)
-    return {"new_images": new, "new_seconds": seconds, "missing_images": missing}
+    wait()
+    n_new = plan.n_images(todo)
+    return {"new_images": n_new, "new_seconds": seconds, "missing_images": missing}
 
 
 def repair(folder, pipe) -> dict:
     """Collect the damaged and missing shards of a store again, with the settings on its record.
 
     Where the model gives the same bytes again, as on a CPU, the manifest stays as it was, and all
-    that was made from it valid. Returns as `collect` does; ValueError if the pipeline has other
-    weights than those that the store was made with.
+    that was made from it valid. Returns as `collect` does; ValueError for other weights.
     """
     folder = Path(folder)
     for name in ("manifest.json", "begun.json"):
@@ -132,10 +122,7 @@ class _Folder:
         save_text(_note(path), f"{digest(path)}  {path.name}\n")
 
     def remove_half_written(self, own: range | None) -> None:
-        """Remove what a killed process left half written; with `own`, of these shards alone.
-
-        Others' may be in the making on another machine.
-        """
+        """Remove what a killed process left half written: of `own` shards where others write."""
         for path in self.path.glob(".*.part"):
             shard = re.match(r"\.shard-(\d+)", path.name)
             if own is None or (shard and int(shard[1]) in own):
@@ -176,10 +163,7 @@ def _absent(folders: list[_Folder]) -> list[int]:
 def _check_disk(folders: list[_Folder], pipe, shards: set[int]) -> None:
     """OSError if there is no room for these shards, other processes' included."""
     plan, path = folders[0].plan, folders[0].path
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OSError(f"run: {path} cannot be made ({error.strerror})") from error
+    path.mkdir(parents=True, exist_ok=True)
     need = sum(plan.shard_bytes(i, f.record, pipe) for f in folders for i in shards)
     free = shutil.disk_usage(path).free
     if need > free:
@@ -227,8 +211,3 @@ def _refuse_overflow(hookpoint: str, h: torch.Tensor, store_dtype: torch.dtype) 
     if not torch.isfinite(h.to(store_dtype)).all():
         largest = f"{hookpoint} gives up to {h.abs().max():.3g}"
         refuse("store_dtype", store_dtype, f"'bfloat16' or 'float32'; {largest}")
-
-
-def _wait(accelerator) -> None:
-    if accelerator is not None:
-        accelerator.wait_for_everyone()

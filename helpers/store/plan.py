@@ -1,9 +1,8 @@
 """What a collection is to hold, and the record that each of its folders keeps of that.
 
 A store is a folder of safetensors shards, one for each batch of images, and two records:
-`begun.json`, written with the first shard, and `manifest.json`, written when all are there, which
-adds their SHA-256 and the versions. A folder that was begun with other settings is refused, and
-nothing in it is touched.
+`begun.json`, written with the first shard, and `manifest.json`, written with the last, which adds
+their SHA-256 and the versions. A folder that was begun with other settings is refused, untouched.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 
@@ -78,16 +77,10 @@ class Plan:
         """The plan that a folder was begun with, for this folder alone."""
         return Plan(
             taps={folder: Tap(*(record[name] for name in Tap._fields))},
-            prompts=record["prompts"],
-            seeds=record["seeds"],
             splits=record["split"],
-            steps=record["steps"],
-            sampling=record["sampling"],
-            batch_size=record["batch_size"],
             store_dtype=getattr(torch, record["dtype"]),
-            tokens_per_image=record["tokens_per_image"],
-            train_images=record["train_images"],
             about={k: v for k, v in record.items() if k not in (*RECORDED, *NOT_CHOSEN)},
+            **{f.name: record[f.name] for f in fields(Plan) if f.name in RECORDED},
         )
 
     @cached_property
@@ -102,18 +95,13 @@ class Plan:
         return sum(len(self.shards[i]) for i in shards)
 
     def is_train(self, i: int) -> bool:
-        """Whether shard i holds training images."""
         return self.splits[self.shards[i][0]] == "train"
 
     def with_images(self, i: int) -> bool:
-        """Whether shard i keeps its images."""
         return self.train_images or not self.is_train(i)
 
     def chosen_tokens(self, i: int, n_tokens: int) -> torch.Tensor | None:
-        """Int64[Tensor, "image kept"]: which tokens of shard i to keep, ascending; None for all.
-
-        Each image's are drawn by its own seed.
-        """
+        """Int64[Tensor, "image kept"]: tokens to keep, drawn by each image's seed; None for all."""
         if not (self.tokens_per_image and self.is_train(i)):
             return None
         draws = (np.random.default_rng([self.seeds[j], 7]) for j in self.shards[i])
@@ -132,16 +120,12 @@ class Plan:
 
     def described(self, pipe) -> dict[Path, dict]:
         """For each folder, what must be the same for another image to be added to it."""
-        common = self.about | {
-            "prompts": list(self.prompts),
+        common = {f.name: getattr(self, f.name) for f in fields(Plan) if f.name in RECORDED}
+        common |= self.about | {
             "seeds": [int(s) for s in self.seeds],
-            "split": list(self.splits),
+            "split": self.splits,
             "steps": [int(s) for s in self.steps],
-            "sampling": self.sampling,
-            "batch_size": self.batch_size,
             "dtype": str(self.store_dtype).removeprefix("torch."),
-            "tokens_per_image": self.tokens_per_image,
-            "train_images": self.train_images,
             "scheduler": type(pipe.scheduler).__name__,
             "weights": weights_of(pipe),
         }
@@ -150,13 +134,7 @@ class Plan:
     def check(self, pipe) -> dict[Path, dict]:
         """Call the denoiser once, and say what each folder's record is to hold.
 
-        Raises
-        ------
-        ValueError
-            A tap, a step or an argument that this pipeline does not have, or a folder that was
-            begun with other settings.
-        OSError
-            A folder that cannot be written in.
+        ValueError for what this pipeline does not have, or a folder begun with other settings.
         """
         found = shapes(pipe, list(self.taps.values()), self.prompts[0], **self.sampling)
         times = times_of(pipe.scheduler, self.steps)
@@ -195,29 +173,22 @@ def image_bytes(pipe, sampling: dict) -> int:
 
 @torch.no_grad()
 def weights_of(pipe) -> str:
-    """SHA-256 over a sample of every weight that makes the images, the same on all devices.
-
-    Empty where weights cannot be looked at: offloaded ones, and some that are quantised.
-    """
+    """SHA-256 over a sample of the weights that make images; empty where one is unreadable."""
     found = hashlib.sha256()
     for name, part in sorted(pipe.components.items()):
         if isinstance(part, torch.nn.Module) and name != "safety_checker":
             for p in part.parameters():
-                if p.is_meta:
+                if p.is_meta:  # offloaded
                     return ""
                 try:
                     sample = p.flatten()[:: max(1, p.numel() // 64) | 1]
                     found.update(sample.float().cpu().contiguous().numpy())
-                except (RuntimeError, TypeError):
+                except (RuntimeError, TypeError):  # of some quantised weights
                     return ""
     return found.hexdigest()[:16]
 
 
-# --- the records in a folder --------------------------------------------------------------------
-
-
 def shard_path(folder: Path, i: int) -> Path:
-    """Where shard i of a folder lies."""
     return folder / f"shard-{i:05d}.safetensors"
 
 

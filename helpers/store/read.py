@@ -18,19 +18,8 @@ from helpers.trajectories import Tap, bytes_per_image
 class Store:
     """A collected folder; each shard is held against its SHA-256 when it is first read.
 
-    Attributes
-    ----------
-    tap : Tap
-        What was recorded: hookpoint, signal and branch.
-    steps, timesteps : lists
-        The kept denoising steps, noisiest first; `n_steps` of them.
-    grid : (rows, columns) of tokens; n_tokens, channels : int
-    prompts, seeds : lists; split : array of str
-        Of each image.
-    sampling : dict
-        Arguments of the pipeline's call.
-    manifest : dict
-        All that is recorded, also model, revision, versions and each shard's SHA-256.
+    `tap`, `steps`, `timesteps`, `grid` (token rows, columns), `channels`, `sampling` say what was
+    recorded; `prompts`, `seeds` and `split` are of each image; `manifest` holds all of it.
     """
 
     def __init__(self, folder):
@@ -67,18 +56,14 @@ class Store:
             self._checked.add(path.name)
         return path
 
-    # --- a split, in the order of its images ---
-
     def indices(self, split: str) -> np.ndarray:
-        """Numbers of a split's images, ascending; whatever is read by split comes in this order."""
+        """Numbers of a split's images, ascending, as all that is read by split."""
         return np.nonzero(self.split == one_of("split", split, SPLITS))[0]
 
     def n_images(self, split: str) -> int:
-        """How many images a split has."""
         return len(self.indices(split))
 
     def prompts_of(self, split: str) -> list[str]:
-        """The prompts of a split's images."""
         return [self.prompts[i] for i in self.indices(split)]
 
     def tokens_kept(self, split: str) -> int:
@@ -102,11 +87,7 @@ class Store:
         return np.concatenate(list(kept))
 
     def images(self, split: str, rows=slice(None)) -> np.ndarray:
-        """A split's images, or those of `rows` (a slice or a list).
-
-        Returns float32, (image, height, width, 3), in [0, 1]. Raises ValueError if the training
-        images were not kept, or the split holds none.
-        """
+        """A split's images, or `rows` of them: float32, (image, height, width, 3), in [0, 1]."""
         if split == "train" and not self.manifest["train_images"]:
             raise ValueError("train_images was false when they were collected; they are not there")
         every = self._places(split)
@@ -139,8 +120,6 @@ class Store:
             numbers, rows = zip(*here)
             yield from zip(numbers, load_rows(self._shard(i), name, list(rows)))
 
-    # --- shuffled batches ---
-
     def batches(
         self,
         split: str,
@@ -155,13 +134,8 @@ class Store:
         Images come in a random order over all shards, are read through memory maps into a buffer of
         `buffer_bytes` (a second one is filled meanwhile), and their trajectories are mixed there;
         each epoch has every one once.
-
-        Parameters
-        ----------
-        start : int
-            Batches to leave out at the beginning, unread: where a stopped training goes on.
-        share : (index, n)
-            Give only the index-th of n equal parts of every batch, to one of n processes.
+        The first `start` batches are left out, unread: there a stopped training goes on. `share`
+        (index, n) gives only the index-th of n equal parts of every batch, to one of n processes.
         """
         index, n = share
         if batch_size % n:
@@ -222,10 +196,7 @@ class Store:
 
 
 def _gather(buffer: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Trajectories (row, step, channel) of a buffer (image, step, token, channel).
-
-    A row is image · tokens + token.
-    """
+    """Trajectories (row, step, channel) of a buffer; a row's number is image · tokens + token."""
     _, S, n_tokens, d = buffer.shape
     first = (rows // n_tokens) * S * n_tokens + rows % n_tokens
     places = first[:, None] + torch.arange(S) * n_tokens
