@@ -147,7 +147,7 @@ def project_out(
 
     Parameters
     ----------
-    direction, centre : Float[Tensor, "step channel"]
+    direction, centre : Float[Tensor, "step channel"] or Float[Tensor, "step image channel"]
         At each of the num_inference_steps, raw units; directions of any length.
     amount : float
         1 leaves every token where `centre` is along the direction; 2 takes it as far beyond as it
@@ -161,11 +161,15 @@ def project_out(
     _check_steps("direction", direction, settings)
     _check_steps("centre", centre, settings)
     v, weights = torch.nn.functional.normalize(direction, dim=-1), _Weights(mask, len(prompts))
+    v, c = (
+        (value if value.ndim == 3 else value[:, None]).expand(-1, len(prompts), -1)[:, :, None]
+        for value in (v, centre)
+    )
 
     def project(rows, step, images):
         _check_shape("direction", v[step], rows)
-        along = v[step].to(rows)
-        component = ((rows - centre[step].to(rows)) @ along)[..., None] * along
+        along, seen = v[step, images].to(rows), rows - c[step, images].to(rows)
+        component = (seen * along).sum(-1, keepdim=True) * along
         return rows - weights.times(amount * component, rows, images).to(rows)
 
     return edit(pipe, prompts, seeds, tap, project, **settings)

@@ -61,6 +61,14 @@ def test_success_counts_as_much_as_was_kept():
     assert effects.headline(summary) == ("success", "kept")
 
 
+def test_what_was_to_go_and_is_read_is_still_there():
+    before, after = np.zeros((2, 2, 2, 3)), np.ones((2, 2, 2, 3)) * [[[[1]]], [[[0]]]]
+    found = effects.measure(Reader(), "level=0.5", before, after, np.ones((2, 1)), (1, 1))
+    left = effects.left_over(found)
+    assert set(left) == {"still there", "kept", "inside", "outside"}
+    assert left["still there"] == metrics.share([True, False])
+
+
 def test_targets_join_to_one():
     before, after = np.zeros((2, 2, 2, 3)), np.ones((2, 2, 2, 3))
     each = [
@@ -72,6 +80,13 @@ def test_targets_join_to_one():
     assert "kept size" not in both
     assert effects.summary(both)["success"] == metrics.share([False, False, True, True])
     assert effects.summary(both)["inside"].value == 0.5
+    assert effects.joined([]) == {}
+
+
+def test_words_name_what_is_asked_for_and_there():
+    summarised = {"success": metrics.Estimate(0.5, 0.25, 0.75), "kept": metrics.Estimate(1, 0.5, 1)}
+    assert effects.words(summarised, "kept", "size") == "kept 1.000 [0.500, 1.000]"
+    assert effects.words(summarised).startswith("success 0.500 [0.250, 0.750]  kept")
 
 
 def response(gains):

@@ -92,13 +92,16 @@ def test_adding_nothing_changes_nothing(lab):
     assert (found["outside"][0] > 0).all() and (found["inside"][1] == 0).all()
 
 
-def some_dictionary(residual):
-    coder = sae.SAE(residual.d_in, 20, 8)
-    return dictionary.Dictionary("test", residual, coder)
+def test_in_mode_residual_only_what_a_step_adds_is_added(lab, residual):
+    lab.mode = "residual"
+    u = steering.only_new(lab.directions["a", "one"], residual)
+    expected = steering.addition(u, residual, [0, 2], 3, 2.0)
+    torch.testing.assert_close(lab.addition(Push("a", "one", 2.0)), expected)
 
 
 def test_taking_latents_out_takes_away_what_they_add(lab, residual):
-    trained = some_dictionary(residual)
+    trained = dictionary.Dictionary("test", residual, sae.SAE(residual.d_in, 20, 8))
+    picks = {"a": [0, 2], "b": [1]}
     x = residual.standardise(lab.pool.h[[0, 2]].transpose(1, 2))
     z = trained.codes(x)
     latents = z.sum((0, 1)).topk(3).indices.tolist()
@@ -108,31 +111,27 @@ def test_taking_latents_out_takes_away_what_they_add(lab, residual):
     delta = steering.at_every_step(change.permute(2, 0, 1, 3), [0, 2], 3)
     texts, seeds = [lab.pool.prompts[i] for i in (0, 2)], [SEEDS[i] for i in (0, 2)]
     expected = steering.steer(lab.pipe, texts, seeds, STORE.tap, delta, **SAMPLING)
-    found = lab.without_latents([0, 2], trained, latents)
-    np.testing.assert_allclose(found, expected, atol=1e-4)
-    assert abs(found - lab.pool.images[[0, 2]]).max() > 1e-3
+    found = lab.without_latents(picks, trained, {"a": latents, "b": latents[:1]})
+    np.testing.assert_allclose(found["a"], expected, atol=1e-4)
+    assert abs(found["a"] - lab.pool.images[[0, 2]]).max() > 1e-3
+    assert found["b"].shape[0] == 1 and lab.n_made == 4 + 3
 
 
 def test_projecting_out_a_difference_of_class_means(lab, residual):
-    lab.weights["a"] = np.ones((4, 16))
-    having, lacking = torch.randn(2, 2, 32)
-    means = experiment.ClassMeans(having, lacking)
-    seen = []
-    project = steering.project_out
-
-    def heard(pipe, texts, seeds, tap, direction, centre, **settings):
-        seen.append((direction, centre, settings["amount"]))
-        return project(pipe, texts, seeds, tap, direction, centre, **settings)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(steering, "project_out", heard)
-        images = lab.without_direction("a", [1], means, amount=2.0)
-    direction, centre, amount = seen[0]
-    assert amount == 2.0 and abs(images - lab.pool.images[[1]]).max() > 1e-4
-    raw = residual.unstandardise(torch.stack([having, lacking]))
-    torch.testing.assert_close(direction[[0, 2]], raw[0] - raw[1])
-    torch.testing.assert_close(centre[[0, 2]], raw[1])
-    torch.testing.assert_close(centre[1], raw[1].mean(0))
+    means = {t: experiment.ClassMeans(*torch.randn(2, 2, 32)) for t in "ab"}
+    found = lab.without_direction({"b": [2], "a": [1, 3]}, means, amount=2.0)
+    lacking = residual.unstandardise(means["a"].lacking)
+    direction = residual.unstandardise(means["a"].having) - lacking
+    direction, centre = (steering.at_every_step(v, [0, 2], 3) for v in (direction, lacking))
+    texts, seeds = [lab.pool.prompts[i] for i in (1, 3)], [SEEDS[i] for i in (1, 3)]
+    expected = steering.project_out(
+        *(lab.pipe, texts, seeds, STORE.tap, direction, centre),
+        amount=2.0,
+        mask=torch.from_numpy(lab.weights["a"][[1, 3]]).float(),
+        **SAMPLING,
+    )
+    np.testing.assert_allclose(found["a"], expected, atol=1e-4)
+    assert abs(found["b"] - lab.pool.images[[2]]).max() > 1e-4
 
 
 def test_latents_are_aligned_by_the_cosine_over_the_whole_trajectory():

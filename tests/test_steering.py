@@ -305,13 +305,17 @@ def test_a_projection_worked_by_hand(pipe, prompts, overheard, amount, left):
     torch.testing.assert_close(after - before, moved, atol=1e-5, rtol=1e-4)
 
 
-def test_a_projection_heeds_its_mask(pipe, prompts, plain):
-    v, centre = torch.randn(N, CHANNELS), torch.zeros(N, CHANNELS)
+def test_a_projection_heeds_its_mask_and_each_images_direction(pipe, prompts, plain):
+    v, centre = torch.randn(N, 2, CHANNELS), torch.zeros(N, CHANNELS)
+    where, sampling = (pipe, prompts[:2], SEEDS, TOKENS), SAMPLING | {"amount": 20.0}
     mask = torch.stack([torch.zeros(N_TOKENS), torch.ones(N_TOKENS)])
-    images = steering.project_out(
-        pipe, prompts[:2], SEEDS, TOKENS, v, centre, amount=20.0, mask=mask, **SAMPLING
-    )
+    images = steering.project_out(*where, v, centre, mask=mask, **sampling)
     assert np.array_equal(images[0], plain[0]) and not np.array_equal(images[1], plain[1])
+    both = steering.project_out(*where, v, centre, batch_size=1, **sampling)
+    second = steering.project_out(*where, v[:, 1], centre, **sampling)
+    np.testing.assert_allclose(both[1], images[1], atol=1e-5)
+    np.testing.assert_allclose(both[1], second[1], atol=1e-5)
+    assert abs(both[0] - second[0]).max() > 1e-4
 
 
 # --- replacing ----------------------------------------------------------------------------------

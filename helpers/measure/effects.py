@@ -59,9 +59,15 @@ def summary(measured: dict) -> dict[str, metrics.Estimate]:
     }
 
 
+def left_over(measured: dict) -> dict[str, metrics.Estimate]:
+    """The same of images from which the target was to go: its success is that it is still there."""
+    found = summary({n: v for n, v in measured.items() if n != GAIN})
+    return {"still there" if name == "success" else name: e for name, e in found.items()}
+
+
 def joined(measured: list[dict]) -> dict:
     """What `measure` gives for several targets as if for one, as far as all have it."""
-    names = [n for n in measured[0] if all(n in m for m in measured)]
+    names = [n for n in measured[0] if all(n in m for m in measured)] if measured else []
     return {
         name: tuple(np.concatenate(v) for v in zip(*(m[name] for m in measured)))
         if isinstance(measured[0][name], tuple)
@@ -73,6 +79,12 @@ def joined(measured: list[dict]) -> dict:
 def headline(summarised: dict) -> tuple[str, str]:
     """What is wanted and what is not: success and kept, or pixel change inside and outside."""
     return ("success", "kept") if "success" in summarised else ("inside", "outside")
+
+
+def words(summarised: dict, *names: str) -> str:
+    """Some measures and their estimates in a line: those named that are there, or the headline."""
+    chosen = [n for n in names if n in summarised] or headline(summarised)
+    return "  ".join(f"{name} {summarised[name]}" for name in chosen)
 
 
 def best_strength(response: dict[float, dict]) -> float:

@@ -143,6 +143,8 @@ class Experiment:
     """(target, name) -> trajectory (S, d) in standardised units."""
     weights: dict[str, np.ndarray]
     """target -> how much each token belongs to the region that is steered, (image, token)."""
+    mode: str = "activation"
+    """'activation' adds u[s]; 'residual' only what each step adds to it."""
     branch: str = "conditional"
     """Which branch of guidance is steered, or 'both'."""
     batch_size: int = 20
@@ -179,6 +181,7 @@ class Experiment:
     def addition(self, push: Push) -> torch.Tensor:
         """What a push adds at every denoising step, raw units, (step, channel)."""
         u = self.directions[push.target, push.direction]
+        u = steering.only_new(u, self.coordinates) if self.mode == "residual" else u
         delta = steering.addition(
             u, self.coordinates, self.store.steps, self.n_steps, push.strength
         )
@@ -215,31 +218,47 @@ class Experiment:
         before, weights = self.pool.images[picks], self.weights[target][picks]
         return measure(self.truth, target, before, images, weights, self.store.grid)
 
-    # --- taking a feature out of images that have it ---
+    # --- taking a feature out of images that have it; dicts are by target ---
 
-    def without_latents(self, picks, dictionary: Dictionary, latents: list[int]) -> np.ndarray:
-        """Images without some latents' part: what they added to the recorded trajectories."""
-        coordinates = dictionary.coordinates
-        x = coordinates.standardise(self.pool.h[picks].float().transpose(1, 2))
-        with torch.no_grad():
-            z = dictionary.codes(x.to(coordinates.mu.device))[..., latents]
-        u = dictionary.directions(latents)
-        steps = (self.store.steps, self.n_steps)
-        delta = steering.scaling(z, u, coordinates, *steps, factor=0.0)
-        return self.edit(steering.steer, picks, delta)
+    def without_latents(self, picks: dict, dictionary: Dictionary, latents: dict) -> dict:
+        """Images of the pool's `picks` without what some latents added to what was recorded."""
+        coordinates, deltas = dictionary.coordinates, []
+        if not picks:
+            return {}
+        for target, some in picks.items():
+            x = coordinates.standardise(self.pool.h[some].float().transpose(1, 2))
+            with torch.no_grad():
+                z = dictionary.codes(x.to(coordinates.mu.device))[..., latents[target]]
+            u = dictionary.directions(latents[target])
+            steps = (self.store.steps, self.n_steps)
+            deltas.append(steering.scaling(z, u, coordinates, *steps, factor=0.0))
+        every = [i for some in picks.values() for i in some]
+        return _by_target(picks, self.edit(steering.steer, every, torch.cat(deltas, dim=1)))
 
-    def without_direction(self, target: str, picks, means: ClassMeans, amount: float) -> np.ndarray:
-        """Images whose region is projected along a difference of class means.
+    def without_direction(self, picks: dict, means: dict, amount: float) -> dict:
+        """Images of the pool's `picks`, projected along the difference of their class means.
 
-        At all denoising steps, seen from the mean of tokens that lack the label; 1 takes the
-        component out, 2 mirrors it.
+        At all denoising steps, in the region, seen from the mean of tokens that lack the label:
+        1 takes the component out, 2 mirrors it.
         """
-        scale = self.coordinates.scale.to(means.lacking)[:, None]
-        raw = (scale * means.difference, self.coordinates.unstandardise(means.lacking))
-        steps = (self.store.steps, self.n_steps)
-        direction, centre = (steering.at_every_step(v, *steps) for v in raw)
-        mask = self.weights[target][picks]
-        return self.edit(steering.project_out, picks, direction, centre, mask=mask, amount=amount)
+        every = [(target, i) for target, some in picks.items() for i in some]
+        if not every:
+            return {}
+        lines = {}
+        for target in picks:
+            m = means[target]
+            difference = self.coordinates.scale.to(m.lacking)[:, None] * m.difference
+            line = torch.stack([difference, self.coordinates.unstandardise(m.lacking)], dim=1)
+            lines[target] = steering.at_every_step(line, self.store.steps, self.n_steps)
+        direction, centre = torch.stack([lines[t] for t, _ in every], dim=1).unbind(2)
+        mask = np.stack([self.weights[target][i] for target, i in every])
+        where = (steering.project_out, [i for _, i in every], direction, centre)
+        return _by_target(picks, self.edit(*where, mask=mask, amount=amount))
+
+
+def _by_target(picks: dict, images: np.ndarray) -> dict[str, np.ndarray]:
+    ends = np.cumsum([len(some) for some in picks.values()])[:-1]
+    return dict(zip(picks, np.split(images, ends)))
 
 
 def aligned(u: torch.Tensor, direction: torch.Tensor, at_least: float) -> list[int]:

@@ -1,0 +1,49 @@
+"""A sheet of images: named rows of them, some with a tick."""
+
+from __future__ import annotations
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
+
+from helpers.plots.images import show_image
+
+SIDE = 0.66  # inches, of an image and its margin
+
+
+def sheet(rows: dict[str, np.ndarray], ticks=None, titles=(), title: str = "") -> Figure:
+    """A figure with a row of images for each name.
+
+    Parameters
+    ----------
+    rows : dict of name -> float, (image, height, width, 3), in [0, 1]
+    ticks : dict of name -> bool, (image,), optional
+        Which images of a row get a tick on a green ground; rows that are not named get none.
+    titles : list of str
+        Of the columns.
+    """
+    columns = max(map(len, rows.values()))
+    size = (
+        SIDE * columns + 1.3,
+        (SIDE + 0.03) * len(rows) + 0.2 * bool(titles) + 0.2 * bool(title),
+    )
+    fig, axes = plt.subplots(len(rows), columns, figsize=size, squeeze=False)
+    for r, (of_row, (name, images)) in enumerate(zip(axes, rows.items())):
+        place = {"ha": "right", "va": "center", "transform": of_row[0].transAxes}
+        of_row[0].text(-0.1, 0.5, name, fontsize=7, **place)
+        ticked = (ticks or {}).get(name, [False] * columns)
+        for i, ax in enumerate(of_row):
+            ax.set_axis_off()
+            if i < len(images):
+                show_image(ax, images[i], titles[i] if titles and r == 0 else "")
+                if ticked[i]:
+                    _tick(ax)
+    fig.suptitle(title, fontsize=8)
+    return fig
+
+
+def _tick(ax) -> None:
+    """A white tick on a green ground, in the lower right corner: seen on any image."""
+    ground = {"boxstyle": "square,pad=0.15", "facecolor": "#007A3D", "linewidth": 0}
+    place = {"ha": "right", "va": "bottom", "transform": ax.transAxes}
+    ax.text(0.96, 0.04, "✓", color="white", fontsize=6, bbox=ground, **place)
