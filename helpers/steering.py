@@ -22,8 +22,6 @@ from helpers.pipelines.calls import BRANCHES
 from helpers.pipelines.generate import generate
 from helpers.pipelines.loading import denoiser_of
 
-# --- directions ---------------------------------------------------------------------------------
-
 
 def unit(u: torch.Tensor) -> torch.Tensor:
     """û: a feature trajectory (S, d) divided by the root mean square over steps of its norm."""
@@ -72,15 +70,7 @@ def at_every_step(values: torch.Tensor, steps, num_inference_steps: int) -> torc
 def addition(
     u, coordinates: Coordinates, steps, num_inference_steps: int, strength: float
 ) -> torch.Tensor:
-    """What to add at every denoising step, raw units, (num_inference_steps, d).
-
-    Parameters
-    ----------
-    u : Float[Tensor, "S d"]
-        A feature trajectory in standardised units, of any length.
-    coordinates : Coordinates
-        Their scale, (S,), says how large activations are.
-    """
+    """What to add at every denoising step, (step, d), raw units, for u (S, d) of any length."""
     size = coordinates.scale.to(u) * u.shape[-1] ** 0.5  # RMS norm of centred tokens
     return at_every_step(strength * size[:, None] * unit(u), steps, num_inference_steps)
 
@@ -90,27 +80,15 @@ def scaling(
 ) -> torch.Tensor:
     """What multiplies features that images already have: factor 0 removes them, 2 doubles them.
 
-    Second of two passes with the same seeds; the first recorded the images and gave `codes`.
-
-    Parameters
-    ----------
-    codes : Float[Tensor, "image token"] or Float[Tensor, "image token latent"]
-        The code of one latent, or of several, for each recorded trajectory.
-    u : Float[Tensor, "S d"] or Float[Tensor, "latent S d"]
-        Their feature trajectories in standardised units, not normalised.
-
-    Returns
-    -------
-    Float[Tensor, "step image token channel"], raw units, for `steer`.
+    Second of two passes with the same seeds: the first recorded the images and gave `codes`,
+    (image, token) for a feature trajectory u (S, d), or (image, token, latent) for several,
+    (latent, S, d), standardised. For `steer`: (step, image, token, channel), raw units.
     """
     if u.ndim == 2:
         codes, u = codes[..., None], u[None]
     raw = coordinates.scale[:, None].to(u) * u
     raw = at_every_step(raw.transpose(0, 1), steps, num_inference_steps).to(codes)
     return torch.einsum("itm,smd->sitd", (factor - 1) * codes, raw)
-
-
-# --- images -------------------------------------------------------------------------------------
 
 
 def steer(pipe, prompts, seeds, tap, delta: torch.Tensor, *, mask=None, **settings) -> np.ndarray:
@@ -124,18 +102,12 @@ def steer(pipe, prompts, seeds, tap, delta: torch.Tensor, *, mask=None, **settin
     mask : Float[Tensor, "token"] or Float[Tensor, "image token"], optional
         Weight per token, 0 to 1.
     settings : window, branch, batch_size, and arguments of the pipeline; see `edit`
-
-    Returns
-    -------
-    images : float32, (image, height, width, 3), in [0, 1]
     """
-    delta = delta[:, None, None] if delta.ndim == 2 else delta
-    _check_steps("delta", delta, settings)
-    delta, weights = delta.expand(-1, len(prompts), -1, -1), _Weights(mask, len(prompts))
+    delta = _at_steps("delta", delta[:, None, None] if delta.ndim == 2 else delta, settings)
+    delta = delta.expand(-1, len(prompts), -1, -1)
 
     def add(rows, step, images):
-        _check_shape("delta", delta[step], rows)
-        return rows + weights.times(delta[step, images], rows, images).to(rows)
+        return rows + _weighted("delta", delta[step, images], mask, rows, images).to(rows)
 
     return edit(pipe, prompts, seeds, tap, add, **settings)
 
@@ -150,27 +122,22 @@ def project_out(
     direction, centre : Float[Tensor, "step channel"] or Float[Tensor, "step image channel"]
         At each of the num_inference_steps, raw units; directions of any length.
     amount : float
-        1 leaves every token where `centre` is along the direction; 2 takes it as far beyond as it
-        was before, to the mirror image.
+        1 leaves every token where `centre` is along the direction, 2 at its mirror image.
     mask, settings : as for `steer`
-
-    Returns
-    -------
-    images : float32, (image, height, width, 3), in [0, 1]
     """
-    _check_steps("direction", direction, settings)
-    _check_steps("centre", centre, settings)
-    v, weights = torch.nn.functional.normalize(direction, dim=-1), _Weights(mask, len(prompts))
     v, c = (
-        (value if value.ndim == 3 else value[:, None]).expand(-1, len(prompts), -1)[:, :, None]
-        for value in (v, centre)
+        (x if x.ndim == 3 else x[:, None]).expand(-1, len(prompts), -1)[:, :, None]
+        for x in (
+            _at_steps("direction", direction, settings),
+            _at_steps("centre", centre, settings),
+        )
     )
+    v = torch.nn.functional.normalize(v, dim=-1)
 
     def project(rows, step, images):
-        _check_shape("direction", v[step], rows)
-        along, seen = v[step, images].to(rows), rows - c[step, images].to(rows)
-        component = (seen * along).sum(-1, keepdim=True) * along
-        return rows - weights.times(amount * component, rows, images).to(rows)
+        along = v[step, images].to(rows)
+        component = ((rows - c[step, images].to(rows)) * along).sum(-1, keepdim=True) * along
+        return rows - _weighted("direction", amount * component, mask, rows, images).to(rows)
 
     return edit(pipe, prompts, seeds, tap, project, **settings)
 
@@ -178,20 +145,10 @@ def project_out(
 def replace(
     pipe, prompts, seeds, tap, replacement, steps, *, between=False, **settings
 ) -> np.ndarray:
-    """Generate images with a tap's activations replaced by given ones.
+    """Generate images with a tap's activations replaced, by (image, step, token, channel).
 
-    Parameters
-    ----------
-    replacement : Float[Tensor, "image step token channel"]
-        Raw units, one entry per kept step, in the order of `steps`.
-    between : bool
-        Whether to replace at every denoising step, by linear interpolation between the kept ones,
-        or at the kept ones alone.
-    settings : as for `steer`
-
-    Returns
-    -------
-    images : float32, (image, height, width, 3), in [0, 1]
+    In raw units, one entry per kept step, in the order of `steps`; `between` replaces at every
+    denoising step, interpolating linearly. Settings as for `steer`.
     """
     values = replacement.transpose(0, 1)  # (step, image, token, channel)
     if between:
@@ -265,27 +222,19 @@ def check_window(window, num_inference_steps: int) -> tuple[int, int]:
     return int(steps[0]), int(steps[1])
 
 
-class _Weights:
-    """Weights per token of each image, or of all; None where everything counts fully."""
-
-    def __init__(self, mask: torch.Tensor | None, n_images: int):
-        self.mask = mask
-        if mask is not None:
-            self.mask = mask.reshape(-1, mask.shape[-1], 1).expand(n_images, -1, -1)
-
-    def times(self, values: torch.Tensor, rows: torch.Tensor, images: slice) -> torch.Tensor:
-        if self.mask is None:
-            return values
-        if self.mask.shape[1] != rows.shape[1]:
-            refuse("mask", tuple(self.mask.shape[:2]), f"weights of {rows.shape[1]} tokens")
-        return values * self.mask[images].to(values)
-
-
-def _check_steps(name: str, values: torch.Tensor, settings: dict) -> None:
+def _at_steps(name: str, values: torch.Tensor, settings: dict) -> torch.Tensor:
+    """The values, if there is one for each denoising step."""
     if len(values) != settings["num_inference_steps"]:
         refuse(name, tuple(values.shape), f"given for {settings['num_inference_steps']} steps")
+    return values
 
 
-def _check_shape(name: str, values: torch.Tensor, rows: torch.Tensor) -> None:
+def _weighted(name: str, values, mask, rows: torch.Tensor, images: slice) -> torch.Tensor:
+    """A change of rows (image, token, channel), times the mask (token,) or (all images, token)."""
     if values.shape[-1] != rows.shape[-1]:
         refuse(name, tuple(values.shape), f"of {rows.shape[-1]} channels, as the hookpoint's are")
+    if mask is None:
+        return values
+    if mask.shape[-1] != rows.shape[1]:
+        refuse("mask", tuple(mask.shape), f"weights of {rows.shape[1]} tokens")
+    return values * (mask if mask.ndim == 1 else mask[images])[..., None].to(values)

@@ -17,29 +17,16 @@ ALL = "all targets"
 
 
 def upsample(weights: np.ndarray, grid: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
-    """Weights of tokens, (image, token), at every pixel: float, (image, height, width).
-
-    A pixel has the weight of the token that holds its centre, also where the grid does not divide
-    the image.
-    """
+    """Weights of tokens (image, token) at pixels (image, height, width): the centre's token's."""
     values = torch.from_numpy(np.asarray(weights, float)).unflatten(1, tuple(grid))[:, None]
     return torch.nn.functional.interpolate(values, size, mode="nearest-exact")[:, 0].numpy()
 
 
 def measure(truth, target: str, before, after, weights, grid) -> dict:
-    """What steering did to each image.
+    """What steering in a region, weights (image, token), did to each image.
 
-    Parameters
-    ----------
-    before, after : float, (image, height, width, 3)
-    weights : float, (image, token)
-        The region that was steered, or that the target belongs to.
-
-    Returns
-    -------
-    dict
-        What the truth says of the outcome, each (image,), with 'success × kept'; nothing where it
-        reads nothing. 'inside' and 'outside': sums of absolute pixel change and of weights.
+    What the truth says of the outcome, each (image,), with 'success × kept'; and 'inside' and
+    'outside': sums of absolute pixel change and of weights.
     """
     outcome = dict(truth.outcome(target, before, after))
     if outcome:
@@ -88,10 +75,7 @@ def words(summarised: dict, *names: str) -> str:
 
 
 def best_strength(response: dict[float, dict]) -> float:
-    """The strength, of those summarised, with the most success × kept; of equals the weakest.
-
-    The middle one where nothing can be judged.
-    """
+    """That with the most success × kept, of equals the weakest; unjudged, the middle one."""
     strengths = sorted(response)
     if GAIN not in response[strengths[0]]:
         return strengths[len(strengths) // 2]
@@ -105,16 +89,10 @@ def edge(strength: float, strengths: list[float]) -> str:
 
 
 def compared(measured: dict[tuple[str, str], dict], ours: str) -> dict:
-    """Success × kept of our direction less each rival's, paired by image.
+    """Success × kept of our direction less each rival's, paired by image, of what was `measure`d.
 
-    Parameters
-    ----------
-    measured : dict of (target, direction) -> what `measure` gives, of the same images
-
-    Returns
-    -------
-    dict of (target, rival) -> Estimate, and of ('all targets', rival), over the images of all;
-    empty where nothing can be judged.
+    By (target, rival), and by ('all targets', rival) over the images of all; {} where nothing can
+    be judged.
     """
     pairs: dict[tuple[str, str], tuple] = {}
     for (target, rival), theirs in measured.items():

@@ -20,17 +20,11 @@ from helpers.measure.effects import measure
 from helpers.measure.labels import Labels
 from helpers.trajectories import record
 
-# --- what to steer towards ----------------------------------------------------------------------
-
 
 def choose_targets(best: dict, given: list[str], n: int) -> list[str]:
     """Labels to steer towards: those given, else the n best detected, each of another attribute.
 
-    Parameters
-    ----------
-    best : dict
-        Of latents.json: label -> its best latents and their `validation_auroc`, whose mean over
-        the SAEs decides, so that neither one's choice is favoured.
+    The mean over both SAEs' AUROC in `best`, of latents.json, decides, to favour neither.
     """
     for target in given:
         if target not in best:
@@ -59,13 +53,9 @@ class ClassMeans:
 
 
 def class_means(shards, labels: Labels, targets, coordinates) -> dict[str, ClassMeans]:
-    """Class means of each target that some tokens have and others lack.
+    """Of each target that some tokens have and others lack.
 
-    Parameters
-    ----------
-    shards : iterable of Float[Tensor, "image step token channel"]
-        Raw activations of the images that `labels` describe, in their order.
-    coordinates : Coordinates, or Predictors
+    `shards` hold the images that `labels` describe, raw, (image, step, token, channel).
     """
     masks = {t: labels.contrast(t) for t in targets if t in labels.names}
     masks = {t: pair for t, pair in masks.items() if all(mask.any() for mask in pair)}
@@ -81,9 +71,6 @@ def class_means(shards, labels: Labels, targets, coordinates) -> dict[str, Class
         target: ClassMeans(*(total / int(mask.sum()) for total, mask in zip(totals[target], pair)))
         for target, pair in masks.items()
     }
-
-
-# --- images -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
