@@ -1,12 +1,16 @@
 import json
 import sys
+from base64 import b64decode, b64encode
+from io import BytesIO
 
 import nbformat
+import numpy as np
 import pytest
 import yaml
 from nbformat import v4
 from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
+from PIL import Image
 
 from helpers.run import __main__ as shell
 from helpers.run import notebooks, parameters
@@ -214,13 +218,24 @@ def publish(project, outputs):
 
 
 def test_publishing_keeps_what_readers_should_see(project):
-    picture = display(image_png="iVBOR", text_plain="<Figure>")
+    drawn, file = (
+        np.random.default_rng(0).integers(256, size=(40, 30, 3), dtype=np.uint8),
+        BytesIO(),
+    )
+    Image.fromarray(drawn).save(file, "png")
+    png = b64encode(file.getvalue()).decode()
+    picture = display(image_png=png, text_plain="<Figure>")
+    picture.metadata["image/png"] = {"width": 15, "height": 20}  # of a figure of twice that
     result = v4.new_output("execute_result", data={"text/plain": "3 µm"}, execution_count=7)
     cells = publish(project, [stream("a line\n"), picture, result])
     assert [c.execution_count for c in cells] == [1, 2, 3]
     text, shown, value = cells[1].outputs
     assert text.text == "a line\n"
-    assert shown == picture | {"metadata": {}}
+    assert shown.metadata == {"image/png": {"width": 15, "height": 20}}
+    assert shown.data["text/plain"] == "<Figure>"
+    small = Image.open(BytesIO(b64decode(shown.data["image/png"])))
+    assert len(shown.data["image/png"]) < len(png) and small.size == (30, 40)
+    assert np.abs(np.asarray(small.convert("RGB")).astype(int) - drawn).mean() < 30
     assert value == result | {"execution_count": 2}
 
 

@@ -129,8 +129,8 @@ class Run:
     @cached_property
     def truth(self) -> Scenes | Words:
         """Who says what is in an image: the demo world about its own, else the prompts' words."""
-        shape = self.store.images("test", [0]).shape[1:]
-        return Scenes() if Scenes.describes(self.store.manifest["prompts"], shape) else Words()
+        prompts, shape = self.store.prompts, self.store.images("test", [0]).shape[1:]
+        return Scenes() if Scenes.describes(prompts, shape) else Words(prompts)
 
     def pipeline(self):
         """The diffusion model: `model` in notebook 01, afterwards the one that was recorded."""
