@@ -152,7 +152,8 @@ class Experiment:
         """Generate the images of the pool that each push is wanted for, unless they are there."""
         tasks = [(push, i) for push, picks in wanted.items() for i in picks]
         tasks = [task for task in dict.fromkeys(tasks) if task not in self.made]
-        for start in tqdm(range(0, len(tasks), self.batch_size), "steered images", leave=False):
+        starts = range(0, len(tasks), self.batch_size)
+        for start in tqdm(starts, "steered images", leave=False, disable=len(starts) < 2):
             batch = tasks[start : start + self.batch_size]
             additions = {push: self.addition(push) for push in dict.fromkeys(p for p, _ in batch)}
             delta = torch.stack([additions[push] for push, _ in batch], dim=1)[:, :, None]
