@@ -106,9 +106,6 @@ def test_predicted_images_become_the_image():
     assert errors[-1] < 0.001 and errors[0] > 0.03
 
 
-# --- reporting ----------------------------------------------------------------------------------
-
-
 def test_tables_say_percent_with_intervals():
     columns = {"one": {"shape": Estimate(0.5, 0.25, 1), "all": Estimate(*[float("nan")] * 3)}}
     rows = judge.table(columns).splitlines()

@@ -11,8 +11,6 @@ from helpers.demo import model, train, world
 from helpers.demo.train import Schedule
 from helpers.files import load_tensors
 
-# --- the loop -----------------------------------------------------------------------------------
-
 
 def small_network():
     torch.manual_seed(0)
@@ -117,9 +115,6 @@ def test_a_loss_that_is_not_finite_stops_the_training(tmp_path):
         train.train(network, bad, SCHEDULE, tmp_path / "c", every=4, ema_decay=0.5)
 
 
-# --- the denoiser -------------------------------------------------------------------------------
-
-
 class PredictsNothing(torch.nn.Module):
     """A U-Net that predicts noise of zero, whatever it is given."""
 
@@ -205,9 +200,6 @@ def test_a_denoiser_learns_and_is_left_ready_to_draw(pipe, tmp_path):
     assert not torch.equal(pipe.unet.conv_in.weight, before[0])
     assert torch.equal(pipe.vae.decoder.conv_in.weight, before[1])
     assert not pipe.unet.training and not pipe.text_encoder.training
-
-
-# --- the autoencoder ----------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

@@ -40,9 +40,6 @@ def one(shape="circle", colour="red", size="large", texture="solid", place="left
     return Scene((Object(shape, colour, size, texture, place),), ground)
 
 
-# --- labels -------------------------------------------------------------------------------------
-
-
 def test_labels_worked_by_hand(images_of):
     # one object covers token 0 of 2×2 and a quarter of token 1
     images = images_of(Reading((found(),), "sky"), NOTHING, Reading((), "white"))
@@ -80,9 +77,6 @@ def test_labels_of_a_drawing_are_where_its_object_is_drawn():
         assert not at[1 - i].any()
 
 
-# --- judging ------------------------------------------------------------------------------------
-
-
 def test_a_drawing_is_as_its_caption_says_and_not_as_anothers():
     scenes = [one(), one("square", texture="striped")]
     captions = [world.caption(s) for s in scenes]
@@ -106,9 +100,6 @@ def test_objects_kept_worked_by_hand(images_of):
     kept = Scenes().objects_kept(before, after)
     np.testing.assert_array_equal(kept["objects kept"], [1, 1, 0.5, 0, np.nan])
     np.testing.assert_array_equal(kept["with size and texture"], [1, 0.5, 0.5, 0, np.nan])
-
-
-# --- steering -----------------------------------------------------------------------------------
 
 
 def test_prompts_to_steer_are_fresh_captions_of_one_object():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from itertools import product
 from pathlib import Path
 from string import Template
 
@@ -23,37 +24,23 @@ from helpers.measure import metrics
 from helpers.measure.metrics import Estimate
 from helpers.pipelines.generate import generate, generate_all
 
-NAMES = {a: a for a in world.ATTRIBUTES} | {
-    "colour_at_place": "colour at its place",
-    "count": "number of objects",
-    "all": "everything at once",
-}
-AIMS = {
-    "colour_at_place": 0.95,
-    "position": 0.95,
-    "shape": 0.90,
-    "size": 0.90,
-    "texture": 0.80,
-    "all": 0.75,
-}  # share that should be right; 'all', the whole scene, of captions with one object
+NAMES = {a: a for a in world.ATTRIBUTES} | {"colour_at_place": "colour at its place"}
+NAMES |= {"count": "number of objects", "all": "everything at once"}
+# shares that should be right; 'all', the whole scene, of captions with one object
+AIMS = {"colour_at_place": 0.95, "position": 0.95, "shape": 0.9, "size": 0.9}
+AIMS |= {"texture": 0.8, "all": 0.75}
 
 
 def scenes_to_judge(n_captions: int, seed: int) -> list[Scene]:
-    """Different scenes that training never saw, half of them unseen, half held out.
-
-    Half of each half have one object, the others two. Raises ValueError unless their number is a
-    multiple of 4, from 4 to 1200: the world has no more unseen scenes of one object.
-    """
-    in_range("n_captions", n_captions, 4, 1200)
+    """Different scenes: equally many unseen and held out, of one object and of two each."""
+    in_range("n_captions", n_captions, 4, 1200)  # there are no more unseen ones of one object
     if n_captions % 4:
         refuse("n_captions", n_captions, "a multiple of 4")
     rng = np.random.default_rng([seed, 4])
     scenes: dict[Scene, None] = {}  # a set that keeps its order
-    for split in ("unseen", "held_out"):
-        for two in (0.0, 1.0):
-            full = len(scenes) + n_captions // 4
-            while len(scenes) < full:
-                scenes |= dict.fromkeys(world.sample(1, rng, (split,), two))
+    for i, (split, two) in enumerate(product(("unseen", "held_out"), (0.0, 1.0)), 1):
+        while len(scenes) < i * n_captions // 4:
+            scenes |= dict.fromkeys(world.sample(1, rng, (split,), two))
     return list(scenes)
 
 
@@ -77,7 +64,6 @@ def estimate(shares: np.ndarray, seed: int = 0) -> Estimate:
 
 
 def estimates(judgements: dict[str, np.ndarray], seed: int = 0) -> dict[str, Estimate]:
-    """`estimate` of every attribute."""
     return {a: estimate(shares, seed) for a, shares in judgements.items()}
 
 
@@ -106,19 +92,8 @@ def against_aims(
     return {a: (e, AIMS[a], e.value >= AIMS[a]) for a, e in measured.items()}
 
 
-# --- generating ---------------------------------------------------------------------------------
-
-
 def evaluate(pipe, wanted: list[Scene], seeds, batch_size: int = 50, **sampling):
-    """Generate an image for each scene's caption, read it, and judge it by its caption.
-
-    Returns
-    -------
-    images : float32, (n, 64, 64, 3), in [0, 1]
-    readings : list of Reading
-    judgements : as `judge` returns them
-    """
-    in_range("batch_size", batch_size, 1)
+    """Images for the scenes' captions, (n, 64, 64, 3) in [0, 1], their readings and `judge`'s."""
     captions = [world.caption(s) for s in wanted]
     images = generate_all(pipe, captions, seeds, batch_size, desc="sampling", **sampling)
     readings = reader.read(images)
@@ -128,9 +103,8 @@ def evaluate(pipe, wanted: list[Scene], seeds, batch_size: int = 50, **sampling)
 def predicted_images(pipe, wanted: list[Scene], seeds, **sampling) -> np.ndarray:
     """The finished image that the model predicts at each step: (step, n, 64, 64, 3), in [0, 1].
 
-    It is the scheduler's `pred_original_sample`, decoded:
-    (latents - sqrt(1 - alpha_bar) · predicted noise) / sqrt(alpha_bar), equation 9 of Song et al.
-    (2021), arXiv:2010.02502.
+    The scheduler's `pred_original_sample`, equation 9 of Song et al. (2021), arXiv:2010.02502,
+    decoded.
     """
     clean, step = [], pipe.scheduler.step
 
@@ -146,9 +120,6 @@ def predicted_images(pipe, wanted: list[Scene], seeds, **sampling) -> np.ndarray
     finally:
         del pipe.scheduler.step
     return np.stack([decode(pipe.vae, c) for c in clean])
-
-
-# --- reporting ----------------------------------------------------------------------------------
 
 
 def percent(estimate: Estimate) -> str:
@@ -173,16 +144,11 @@ def quality_table(quality: dict[tuple[str, str], dict[str, Estimate]]) -> str:
 
 def aims_table(aims: dict[str, tuple[Estimate, float, bool]]) -> str:
     """A Markdown table of what `against_aims` gives."""
-    rows = [
-        [
-            NAMES[a],
-            "one-object captions" if a == "all" else "all captions",
-            percent(measured),
-            f"≥ {100 * aim:.0f} %",
-            "met" if met else "not met",
-        ]
-        for a, (measured, aim, met) in aims.items()
-    ]
+    rows = []
+    for a, (measured, aim, met) in aims.items():
+        on = "one-object captions" if a == "all" else "all captions"
+        aim = f"≥ {100 * aim:.0f} %"
+        rows.append([NAMES[a], on, percent(measured), aim, "met" if met else "not met"])
     header = ["attribute", "judged on", "measured", "aim", ""]
     return tabulate(rows, header, "github", disable_numparse=True)
 
@@ -190,12 +156,8 @@ def aims_table(aims: dict[str, tuple[Estimate, float, bool]]) -> str:
 def model_card(parameters: dict, seconds: dict[str, float], size: int, found: dict) -> str:
     """README.md of the pipeline's folder: `card.md` with what notebook 00 measured.
 
-    Parameters
-    ----------
-    parameters : the notebook's by name, `device` being the one that was used
-    seconds : training time of 'autoencoder' and 'denoiser'
-    size : bytes of the weights and configuration
-    found : 'quality' and 'chance' as `by_group` gives them, 'aims' as `against_aims`
+    Of its `parameters`, `device` is the one used; `seconds` are of 'autoencoder' and 'denoiser';
+    `size` is in bytes; `found` has 'quality' and 'chance' of `by_group`, 'aims' of `against_aims`.
     """
     missed = [NAMES[a] for a, (_, _, met) in found["aims"].items() if not met]
     chance = {group: {a: v[a] for a in AIMS} for group, v in found["chance"].items()}
@@ -206,8 +168,7 @@ def model_card(parameters: dict, seconds: dict[str, float], size: int, found: di
         megabytes=f"{size / 1e6:.1f}",
         example=world.caption(world.EXAMPLE),
         held_out=", ".join(f"{colour} {shape}" for colour, shape in world.HELD_OUT),
-        autoencoder_minutes=f"{seconds['autoencoder'] / 60:.0f}",
-        denoiser_minutes=f"{seconds['denoiser'] / 60:.0f}",
+        **{f"{network}_minutes": f"{s / 60:.0f}" for network, s in seconds.items()},
         quality=quality_table(found["quality"]),
         aims=aims_table(found["aims"]),
         chance=quality_table(chance),

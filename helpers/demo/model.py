@@ -39,9 +39,9 @@ def build_tokenizer() -> CLIPTokenizer:
 def _merges(words: list[str]) -> list[tuple[str, str]]:
     """Byte-pair merges, the most frequent pair first, until every word is one token.
 
-    Ties go to the pair whose parts came up first. (The trainer in `tokenizers` breaks them
-    differently in every process, and then a checkpoint's token embeddings would no longer belong to
-    the words they were trained for.) Sennrich et al. (2016), arXiv:1508.07909.
+    Ties go to the pair whose parts came up first: the trainer in `tokenizers` breaks them anew in
+    every process, which detaches trained embeddings from their words. Sennrich et al. (2016),
+    arXiv:1508.07909.
     """
     split = [[*w[:-1], w[-1] + "</w>"] for w in words]
     order = {c: i for i, c in enumerate(sorted(set("".join(words))))}
@@ -63,7 +63,17 @@ def build(seed: int = 0) -> StableDiffusionPipeline:
     """An untrained pipeline, for `helpers.demo.train`."""
     torch.manual_seed(seed)
     tokenizer = build_tokenizer()
-    text_encoder = _text_encoder(tokenizer)
+    special = ("bos_token_id", "eos_token_id", "pad_token_id")
+    text = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=512,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=MAX_TOKENS,
+        **{name: getattr(tokenizer, name) for name in special},
+    )
+    text_encoder = CLIPTextModel(text)
     vae = AutoencoderKL(
         down_block_types=["DownEncoderBlock2D"] * 3,
         up_block_types=["UpDecoderBlock2D"] * 3,
@@ -83,43 +93,19 @@ def build(seed: int = 0) -> StableDiffusionPipeline:
         attention_head_dim=4,
         norm_num_groups=16,
     )
-    scheduler = DDIMScheduler(  # SD 1.5's noise schedule
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-    )
+    schedule = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    rest = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
+    scheduler = DDIMScheduler(**schedule, **rest)  # SD 1.5's
     return StableDiffusionPipeline(
         vae, text_encoder, tokenizer, unet, scheduler, None, None, requires_safety_checker=False
     )
 
 
-def _text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=512,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=MAX_TOKENS,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return CLIPTextModel(config)
-
-
 def save(pipe: StableDiffusionPipeline, folder) -> int:
-    """Write a pipeline as float16 safetensors that load in any precision; returns their bytes.
-
-    `StableDiffusionPipeline.from_pretrained(folder)` reads it, in float32 unless told otherwise:
-    diffusers reads a U-Net in float32 by default, but transformers a text encoder in the precision
-    that its configuration names, so that one names float32 for the two to fit together.
-    """
+    """Write a pipeline as float16 safetensors that load in any precision; returns their bytes."""
     folder = Path(folder)
     copy.deepcopy(pipe).to(torch.float16).save_pretrained(folder, safe_serialization=True)
+    # diffusers reads a U-Net in float32, transformers a text encoder as its configuration says
     config = folder / "text_encoder" / "config.json"
     save_json(config, load_json(config) | {"dtype": "float32"})
     files = [p for p in folder.rglob("*") if p.suffix in (".safetensors", ".json")]

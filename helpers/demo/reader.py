@@ -6,25 +6,16 @@ them with the shapes' own geometry, so what a model generated can be held agains
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from itertools import permutations
 
 import numpy as np
 from scipy import ndimage
 
-from helpers.demo.world import (
-    BACKGROUNDS,
-    COLOURS,
-    IMAGE_SIZE,
-    OBJECT_ATTRIBUTES,
-    POSITIONS,
-    SHAPES,
-    SIZES,
-    UNIT_AREA,
-    Object,
-    Scene,
-    silhouette,
-)
+from helpers.checks import refuse
+from helpers.demo import world
+from helpers.demo.world import POSITIONS, Object, Scene
 
 
 @dataclass(frozen=True)
@@ -37,40 +28,29 @@ class Found(Object):
 
 @dataclass(frozen=True)
 class Reading:
-    """What was found in one image; of an unreadable one, `objects=()` and `background=None`."""
+    """What was found in one image."""
 
     objects: tuple[Found, ...]
-    background: str | None
+    background: str | None  # None: the image is unreadable, and no object was found
 
 
 def read(images: np.ndarray) -> list[Reading]:
-    """Find the objects in images of this world.
+    """What is in images, (n, 64, 64, 3), in [0, 1].
 
     Foreground is what differs from the border's median colour; each connected piece is compared
     with the shapes drawn at its centroid and area (unreadable at an overlap below 0.7); its colour
     is that of its brightest third; its texture, how dark its inside gets and whether rows differ.
-
-    Parameters
-    ----------
-    images : float, (n, 64, 64, 3), in [0, 1]
-
-    Raises
-    ------
-    ValueError
-        Images of another shape.
     """
     images = np.asarray(images, np.float32)
-    if images.ndim != 4 or images.shape[1:] != (IMAGE_SIZE, IMAGE_SIZE, 3):
-        raise ValueError(
-            f"images have shape {images.shape}; the reader takes (n, {IMAGE_SIZE}, {IMAGE_SIZE}, 3)"
-        )
+    if images.shape[1:] != (world.IMAGE_SIZE, world.IMAGE_SIZE, 3):
+        refuse("shape of images", images.shape, "(n, 64, 64, 3)")
     return [_read_one(image) for image in images]
 
 
 def _read_one(image: np.ndarray) -> Reading:
     border = np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]])
     plain = np.median(border, axis=0)
-    background = _nearest(plain, BACKGROUNDS, 0.2)
+    background = _nearest(plain, world.BACKGROUNDS, 0.2)
     if background is None or np.mean(abs(border - plain).max(axis=1) > 0.15) > 0.1:
         return Reading((), None)
     foreground = ndimage.binary_fill_holes(abs(image - plain).max(axis=2) > 0.22)
@@ -85,24 +65,24 @@ def _read_one(image: np.ndarray) -> Reading:
 def _measure(image: np.ndarray, mask: np.ndarray) -> Found | None:
     """The object that covers `mask`; None where it has no known shape or colour."""
     row, column = (v.mean() + 0.5 for v in np.nonzero(mask))
-    iou, shape, radius = max(_fit(mask, shape, row, column) for shape in SHAPES)
+    iou, shape, radius = max(_fit(mask, shape, row, column) for shape in world.SHAPES)
     inside = ndimage.binary_erosion(mask)
     brightness = image.max(axis=2)
     core = inside if inside.sum() >= 12 else mask  # away from the antialiased edge
     bright = image[core & (brightness >= np.quantile(brightness[core], 0.7))]
-    colour = _nearest(np.median(bright, axis=0), COLOURS, 0.35)
+    colour = _nearest(np.median(bright, axis=0), world.COLOURS, 0.35)
     if iou < 0.7 or colour is None:
         return None
-    size = "small" if radius < sum(SIZES.values()) / 2 else "large"
-    position = min(POSITIONS, key=lambda p: _apart(POSITIONS[p], (row, column)))
+    size = "small" if radius < sum(world.SIZES.values()) / 2 else "large"
+    position = min(POSITIONS, key=lambda p: math.dist(POSITIONS[p], (row, column)))
     return Found(shape, colour, size, _texture(brightness, inside), position, mask, iou)
 
 
 def _fit(mask: np.ndarray, shape: str, row: float, column: float) -> tuple[float, str, float]:
     """Overlap of a mask with a shape drawn at its centroid and area, the shape, its radius."""
-    radius = np.sqrt(mask.sum() / UNIT_AREA[shape])
+    radius = np.sqrt(mask.sum() / world.UNIT_AREA[shape])
     angles = np.deg2rad([-6.0, 0.0, 6.0])
-    ideal = silhouette(shape, [row] * 3, [column] * 3, [radius] * 3, angles)
+    ideal = world.silhouette(shape, [row] * 3, [column] * 3, [radius] * 3, angles)
     overlap = np.minimum(ideal, mask).sum((1, 2)) / np.maximum(ideal, mask).sum((1, 2))
     return float(overlap.max()), shape, float(radius)
 
@@ -125,13 +105,6 @@ def _nearest(colour, palette: dict, limit: float) -> str | None:
     return names[distance.argmin()] if distance.min() < limit else None
 
 
-def _apart(a, b) -> float:
-    return float(np.hypot(a[0] - b[0], a[1] - b[1]))
-
-
-# --- judging ------------------------------------------------------------------------------------
-
-
 def judge(scene: Scene, reading: Reading) -> dict[str, float]:
     """Share of a scene's objects, 0 to 1, that were read as they should be, by attribute.
 
@@ -144,7 +117,7 @@ def judge(scene: Scene, reading: Reading) -> dict[str, float]:
     def share(*attributes):
         return float(np.mean([f is not None and _same(w, f, attributes) for w, f in pairs]))
 
-    right = {a: share(a) for a in OBJECT_ATTRIBUTES}
+    right = {a: share(a) for a in world.OBJECT_ATTRIBUTES}
     right["colour_at_place"] = share("position", "colour")
     right["background"] = float(reading.background == scene.background)
     right["count"] = float(len(reading.objects) == len(scene.objects))
@@ -162,7 +135,7 @@ def _paired(wanted, found) -> list[tuple[Object, Found | None]]:
 
     def cost(assignment):
         there = [(w, f) for w, f in zip(wanted, assignment) if f is not None]
-        apart = sum(_apart(POSITIONS[w.position], POSITIONS[f.position]) for w, f in there)
+        apart = sum(math.dist(POSITIONS[w.position], POSITIONS[f.position]) for w, f in there)
         wrong = sum(not _same(w, f, [a]) for w, f in there for a in ("colour", "shape"))
         # at equal distance, as left and right are from top, the likelier pairing
         return apart + 100 * (len(wanted) - len(there)), wrong

@@ -27,29 +27,22 @@ from helpers.files import load_tensors, save_tensors
 class Schedule:
     """How a network is trained; a checkpoint made with another schedule is refused."""
 
-    steps: int
-    """Batches in all."""
-    batch_size: int
-    """Scenes, or latents, in one of them."""
-    seed: int = 0
-    """What batches and noise are drawn with, together with the step."""
-    learning_rate: float = 1e-3
-    """Peak: reached after 200 steps, then a cosine down to 1 % of it."""
+    steps: int  # batches in all
+    batch_size: int  # scenes, or latents, in one of them
+    seed: int = 0  # what batches and noise are drawn with, together with the step
+    learning_rate: float = 1e-3  # peak: after 200 steps; then a cosine down to 1 % of it
 
     def __post_init__(self):
         in_range("steps", self.steps, 1)
         in_range("batch_size", self.batch_size, 1)
         in_range("learning_rate", self.learning_rate, 1e-8, 1)
 
-    def rate(self, step: int, warmup: int = 200) -> float:
+    def rate(self, step: int) -> float:
         """Learning rate of a step."""
-        if step < warmup:
-            return self.learning_rate * (step + 1) / warmup
-        done = (step - warmup) / max(1, self.steps - warmup)
+        if step < 200:
+            return self.learning_rate * (step + 1) / 200
+        done = (step - 200) / max(1, self.steps - 200)
         return self.learning_rate * (0.505 + 0.495 * math.cos(math.pi * done))
-
-
-# --- what is trained ----------------------------------------------------------------------------
 
 
 def train_autoencoder(pipe, schedule: Schedule, checkpoint) -> tuple[np.ndarray, float]:
@@ -82,12 +75,9 @@ def train_autoencoder(pipe, schedule: Schedule, checkpoint) -> tuple[np.ndarray,
 
 
 def cache_latents(pipe, n: int, path, seed: int = 0) -> tuple[torch.Tensor, list[str]]:
-    """Draw n training scenes and encode them, once, into a file.
+    """Scaled latents, float16, (n, 4, 16, 16), and captions of n training scenes.
 
-    Returns
-    -------
-    latents : Float16[Tensor, "n 4 16 16"], scaled
-    captions : list of str
+    They are encoded once, into the file `path`.
     """
     in_range("n", n, 1)
     rng = np.random.default_rng([seed, 3])
@@ -149,48 +139,42 @@ def train_denoiser(
 
 def _autocast(device: torch.device):
     """bfloat16 on a CPU, and on a CUDA card that has it in hardware; float32 elsewhere."""
-    has_it = device.type == "cpu" or (
-        device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    )
+    has_it = device.type == "cpu"
+    if device.type == "cuda":
+        has_it = torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.autocast(device.type, torch.bfloat16, enabled=has_it)
-
-
-# --- the loop -----------------------------------------------------------------------------------
 
 
 def train(
     network: Module, loss_of, schedule: Schedule, checkpoint, *, every: int, ema_decay: float
 ) -> tuple[np.ndarray, float]:
-    """AdamW on `loss_of(step)`, with clipped gradients, averaged weights and checkpoints.
+    """AdamW on `loss_of(step)`; returns losses, (step,), and seconds, of earlier calls included.
 
-    Parameters
-    ----------
-    checkpoint : path
-        File written every `every` steps; if it is there, training goes on from it.
-    ema_decay : float
-        Of the exponential moving average of the weights, which `network` is left with; the first
-        steps, in which it would remember the initial weights, decay faster.
-
-    Returns
-    -------
-    Losses, (step,), and the seconds spent, with those before the checkpoint.
-
-    Raises
-    ------
-    ValueError
-        The checkpoint was made with another schedule.
-    FloatingPointError
-        The loss is not finite.
+    The file `checkpoint` is written every `every` steps; if it is there, training goes on from it.
+    `network` is left with an exponential moving average of its weights: decay `ema_decay`, but
+    n / (n + 9) at first, at step n, so as to forget the initial weights. Raises FloatingPointError
+    if the loss is not finite.
     """
+
+    def update(averaged, current, n):
+        get_ema_multi_avg_fn(min(ema_decay, int(n) / (int(n) + 9)))(averaged, current, n)
+
     checkpoint = Path(checkpoint)
-    average = AveragedModel(network, multi_avg_fn=_ema(ema_decay))
+    average = AveragedModel(network, multi_avg_fn=update)
     average.update_parameters(network)  # copies: the initial weights take part in the average
     optimiser = torch.optim.AdamW(
         network.parameters(), lr=schedule.learning_rate, weight_decay=0.01, betas=(0.9, 0.99)
     )
+    state = _state(network, average, optimiser)
     losses, seconds = [], 0.0
     if checkpoint.exists():
-        losses, seconds = _restore(checkpoint, schedule, network, average, optimiser)
+        saved, record = load_tensors(checkpoint)
+        _refuse_others(checkpoint, record, asdict(schedule))
+        losses, seconds = saved.pop("losses").tolist(), record["seconds"]
+        for name, tensor in saved.items():
+            state[name].copy_(tensor)
+        for counter in (average.n_averaged, *(s["step"] for s in optimiser.state.values())):
+            counter.add_(len(losses))
     bar = tqdm(desc=checkpoint.stem, total=schedule.steps, initial=len(losses), mininterval=2)
     for step in range(len(losses), schedule.steps):
         start = time.perf_counter()
@@ -208,52 +192,22 @@ def train(
         bar.update()
         if (step + 1) % every == 0 or step + 1 == schedule.steps:
             bar.set_postfix(loss=f"{np.mean(losses[-every:]):.4f}")
-            _save(checkpoint, schedule, network, average, optimiser, losses, seconds)
+            record = asdict(schedule) | {"seconds": seconds}
+            save_tensors(checkpoint, state | {"losses": torch.tensor(losses)}, record)
     network.load_state_dict(average.module.state_dict())
     return np.array(losses), seconds
 
 
-def _ema(decay: float):
-    """Averaging for `AveragedModel`, with a decay of n / (n + 9) at step n, at most `decay`."""
-
-    def update(averaged, current, n):
-        get_ema_multi_avg_fn(min(decay, int(n) / (int(n) + 9)))(averaged, current, n)
-
-    return update
-
-
-def _save(path, schedule, network, average, optimiser, losses, seconds) -> None:
-    tensors = {"losses": torch.tensor(losses)}
-    for (name, weight), mean in zip(network.named_parameters(), average.module.parameters()):
-        state = optimiser.state.get(weight, {})  # empty for a weight that no loss has reached
-        tensors |= {
-            f"weight.{name}": weight,
-            f"average.{name}": mean,
-            f"first.{name}": state.get("exp_avg", torch.zeros_like(weight)),
-            f"second.{name}": state.get("exp_avg_sq", torch.zeros_like(weight)),
-        }
-    save_tensors(path, tensors, asdict(schedule) | {"seconds": seconds})
-
-
-def _restore(path, schedule, network, average, optimiser) -> tuple[list[float], float]:
-    """Put a checkpoint's state in place; returns its losses and seconds."""
-    saved, record = load_tensors(path)
-    _refuse_others(path, record, asdict(schedule))
-    losses = saved["losses"].tolist()
+def _state(network, average, optimiser) -> dict[str, torch.Tensor]:
+    """What a checkpoint holds, by name: weights, their average and AdamW's moments, from zero."""
     state = {}
-    named = zip(network.named_parameters(), average.module.parameters())
-    for i, ((name, weight), mean) in enumerate(named):
-        weight.data.copy_(saved[f"weight.{name}"])
-        mean.data.copy_(saved[f"average.{name}"])
-        state[i] = {
-            "step": torch.tensor(float(len(losses))),
-            "exp_avg": saved[f"first.{name}"],
-            "exp_avg_sq": saved[f"second.{name}"],
-        }
-    groups = optimiser.state_dict()["param_groups"]
-    optimiser.load_state_dict({"state": state, "param_groups": groups})
-    average.n_averaged.fill_(len(losses) + 1)
-    return losses, record["seconds"]
+    for (name, weight), mean in zip(network.named_parameters(), average.module.parameters()):
+        first, second = torch.zeros_like(weight.data), torch.zeros_like(weight.data)
+        adam = {"step": torch.tensor(0.0), "exp_avg": first, "exp_avg_sq": second}
+        optimiser.state[weight] = adam
+        tensors = {"weight": weight.data, "average": mean.data, "first": first, "second": second}
+        state |= {f"{kind}.{name}": tensor for kind, tensor in tensors.items()}
+    return state
 
 
 def _refuse_others(path: Path, record: dict, wanted: dict) -> None:

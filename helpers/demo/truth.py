@@ -6,6 +6,8 @@ A target is a label such as 'colour=red': an attribute and the value to steer it
 
 from __future__ import annotations
 
+from operator import attrgetter
+
 import numpy as np
 
 from helpers.checks import nearest, refuse
@@ -53,9 +55,8 @@ class Scenes:
                 values = {f"{a}={getattr(o, a)}" for a in world.OBJECT_ATTRIBUTES}
                 has.append([name in values for name in NAMES])
                 kind.append(OBJECT)
-        return Labels(
-            NAMES, owner, np.array(has, bool).reshape(-1, len(NAMES)), np.array(kind, int)
-        )
+        has = np.array(has, bool).reshape(-1, len(NAMES))
+        return Labels(NAMES, owner, has, np.array(kind, int))
 
     def judged(self, prompts: list[str], images: np.ndarray) -> dict[str, np.ndarray]:
         """Share of each image's objects, (image,), that are as its caption says, by attribute."""
@@ -63,14 +64,12 @@ class Scenes:
         return {a: np.array([j[a] for j in each]) for a in JUDGED}
 
     def objects_kept(self, before: np.ndarray, after: np.ndarray) -> dict[str, np.ndarray]:
-        """Share of each image's objects, (image,), that are found again in another version of it.
+        """Share of each image's objects found again in another version of it, (image,).
 
         NaN for an image in which no object was read before.
         """
-        readings = list(zip(reader.read(before), reader.read(after)))
-        return {
-            name: np.array([_kept(b, a, same) for b, a in readings]) for name, same in KEPT.items()
-        }
+        read = list(zip(reader.read(before), reader.read(after)))
+        return {name: np.array([_kept(b, a, of) for b, a in read]) for name, of in KEPT.items()}
 
     def steering_prompts(self, n: int, seed: int, given: list[str]) -> list[str]:
         """Fresh captions of one object each; `given`, the store's own, are not needed here."""
@@ -78,15 +77,11 @@ class Scenes:
         return [world.caption(s) for s in scenes]
 
     def steerable(self, target: str, images: np.ndarray, grid: tuple[int, int]):
-        """Which images can be steered towards a target, and where.
+        """Which images can be steered towards a target, bool, (image,), and where, (image, token).
 
-        Returns
-        -------
-        usable : bool, (image,)
-            Images of one object in which the attribute was read and is not the target's.
-        weights : float, (image, token)
-            Share of each token's patch that the object covers, or its complement for a background;
-            1 everywhere in an image without exactly one object.
+        Those of one object in which the attribute was read and is not the target's. The weights
+        are the share of each token's patch that the object covers, or its complement for a
+        background; 1 everywhere in an image without exactly one object.
         """
         attribute, value = _parts(target)
         readings = reader.read(images)
@@ -105,14 +100,14 @@ class Scenes:
         before; 'kept shape' and so on, bool: each of them. What cannot be read is not kept.
         """
         attribute, value = _parts(target)
-        were, are = reader.read(before), reader.read(after)
-        others = [a for a in world.ATTRIBUTES if a != attribute]
-        kept = {a: np.array([_same(w, r, a) for w, r in zip(were, are)], bool) for a in others}
-        return {
-            "success": np.array([_value(r, attribute) == value for r in are], bool),
-            "kept": np.mean(list(kept.values()), axis=0),
-            **{f"kept {a}": v for a, v in kept.items()},
+        readings = [reader.read(before), reader.read(after)]
+        values = {a: [[_value(r, a) for r in some] for some in readings] for a in world.ATTRIBUTES}
+        success = np.array([v == value for v in values.pop(attribute)[1]], bool)
+        kept = {
+            f"kept {a}": np.array([w is not None and w == v for w, v in zip(*were_and_are)], bool)
+            for a, were_and_are in values.items()
         }
+        return {"success": success, "kept": np.mean(list(kept.values()), axis=0)} | kept
 
     def has(self, target: str, images: np.ndarray) -> np.ndarray:
         """Whether images of one object show the target, bool, (image,)."""
@@ -132,21 +127,14 @@ def _value(reading: reader.Reading, attribute: str) -> str | None:
     """An attribute of an image of one object; None where the reader cannot tell."""
     if reading.background is None or len(reading.objects) != 1:
         return None
-    if attribute == "background":
-        return reading.background
-    return getattr(reading.objects[0], attribute)
-
-
-def _same(before: reader.Reading, after: reader.Reading, attribute: str) -> bool:
-    value = _value(before, attribute)
-    return value is not None and value == _value(after, attribute)
+    holder = reading if attribute == "background" else reading.objects[0]
+    return getattr(holder, attribute)
 
 
 def _kept(before: reader.Reading, after: reader.Reading, attributes) -> float:
     """Share of the objects before that one object after equals in these attributes."""
     if not before.objects:
         return float("nan")
-    there = {tuple(getattr(o, a) for a in attributes) for o in after.objects}
-    return float(
-        np.mean([tuple(getattr(o, a) for a in attributes) in there for o in before.objects])
-    )
+    values = attrgetter(*attributes)
+    there = {values(o) for o in after.objects}
+    return float(np.mean([values(o) in there for o in before.objects]))

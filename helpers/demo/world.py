@@ -11,7 +11,7 @@ denoising steps can decide. Shape, colour and position are coarse and decided ea
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -44,14 +44,11 @@ ATTRIBUTES = {
     "position": tuple(POSITIONS),
     "background": tuple(BACKGROUNDS),
 }
+OBJECT_ATTRIBUTES = tuple(ATTRIBUTES)[:5]
 PAIRS = (("left", "right"), ("top", "bottom"))  # positions of two-object scenes
 HELD_OUT = (("red", "triangle"), ("blue", "circle"), ("yellow", "cross"))  # never trained on
-UNIT_AREA = {
-    "circle": np.pi,
-    "square": 4 * 0.85**2,
-    "triangle": 3 * 3**0.5 / 4,
-    "cross": 4 * (2 * 0.36 - 0.36**2),
-}  # area of a shape whose circumscribed circle has radius 1
+# area of a shape whose circumscribed circle has radius 1
+UNIT_AREA = dict(zip(SHAPES, (np.pi, 4 * 0.85**2, 3 * 3**0.5 / 4, 4 * (2 * 0.36 - 0.36**2))))
 
 _CENTRES = np.arange(IMAGE_SIZE, dtype=np.float32) + 0.5  # of pixels, along one axis
 _PATTERN_PERIOD = 6.0  # pixels
@@ -69,9 +66,6 @@ class Object:
     position: str
 
 
-OBJECT_ATTRIBUTES = tuple(f.name for f in fields(Object))
-
-
 @dataclass(frozen=True)
 class Scene:
     """One object anywhere on the 3×3 grid, or two at left/right or top/bottom, on a background."""
@@ -83,34 +77,26 @@ class Scene:
 EXAMPLE = Scene((Object("circle", "red", "large", "striped", "top left"),), "white")
 
 
-# --- captions -----------------------------------------------------------------------------------
-
-
 def caption(scene: Scene) -> str:
     """The scene as a sentence; `parse` is its inverse."""
-    things = (
+    each = [
         f"a {o.size} {o.colour} {o.texture} {o.shape} at the {o.position}" for o in scene.objects
-    )
-    return " and ".join(things) + f" on a {scene.background} background"
+    ]
+    return " and ".join(each) + f" on a {scene.background} background"
 
 
 def parse(text: str) -> Scene:
     """The scene a caption describes. Raises ValueError, naming the caption, outside the grammar."""
+    body, _, background = text.removesuffix(" background").rpartition(" on a ")
+    things = [thing.split() for thing in body.split(" and ")]
     try:
-        body, background = text.removesuffix(" background").rsplit(" on a ", 1)
-        objects = []
-        for thing in body.split(" and "):
-            what, position = thing.split(" at the ")
-            _, size, colour, texture, shape = what.split()
-            objects.append(Object(shape, colour, size, texture, position))
+        objects = (Object(w[4], w[2], w[1], w[3], " ".join(w[7:])) for w in things)
         scene = Scene(tuple(objects), background)
         _check(scene)
-        if caption(scene) != text:
-            raise ValueError
-    except ValueError:
-        raise ValueError(
-            f"caption {text!r} is not a scene; a valid one is {caption(EXAMPLE)!r}"
-        ) from None
+    except (IndexError, ValueError):
+        scene = None
+    if scene is None or caption(scene) != text:
+        raise ValueError(f"caption {text!r} is not a scene; a valid one is {caption(EXAMPLE)!r}")
     return scene
 
 
@@ -139,24 +125,18 @@ def sample(
     n: int, rng: np.random.Generator, splits=("train", "unseen", "held_out"), two: float = 0.5
 ) -> list[Scene]:
     """Draw n scenes uniformly over attributes; a share `two` of them with two objects."""
+
+    def pick(attribute):
+        return ATTRIBUTES[attribute][rng.integers(len(ATTRIBUTES[attribute]))]
+
     scenes = []
     while len(scenes) < n:
-        positions = PAIRS[rng.integers(2)] if rng.random() < two else (_any("position", rng),)
-        objects = tuple(
-            Object(*(_any(a, rng) for a in ("shape", "colour", "size", "texture")), p)
-            for p in positions
-        )
-        scene = Scene(objects, _any("background", rng))
+        positions = PAIRS[rng.integers(2)] if rng.random() < two else (pick("position"),)
+        objects = tuple(Object(*map(pick, OBJECT_ATTRIBUTES[:-1]), p) for p in positions)
+        scene = Scene(objects, pick("background"))
         if split(scene) in splits:
             scenes.append(scene)
     return scenes
-
-
-def _any(attribute: str, rng: np.random.Generator) -> str:
-    return ATTRIBUTES[attribute][rng.integers(len(ATTRIBUTES[attribute]))]
-
-
-# --- rendering ----------------------------------------------------------------------------------
 
 
 def _distance(shape: str, x, y):
@@ -172,38 +152,29 @@ def _distance(shape: str, x, y):
 
 def silhouette(shape: str, row, column, radius, angle) -> np.ndarray:
     """Antialiased masks, (n, 64, 64), of one shape at n places (pixels) and angles (radians)."""
-    row, column, radius, angle = (
-        np.asarray(v, np.float32)[:, None, None] for v in (row, column, radius, angle)
-    )
+    row, column, radius, angle = np.float32([row, column, radius, angle])[..., None, None]
     y, x = (_CENTRES[:, None] - row) / radius, (_CENTRES[None, :] - column) / radius
     c, s = np.cos(angle), np.sin(angle)
     return np.clip(0.5 - _distance(shape, c * x + s * y, c * y - s * x) * radius, 0, 1)
 
 
 def _pattern(texture: str, phase) -> np.ndarray:
-    """Where a texture is dark, 0 to 1, (n, 64, 64); phases, (n, 2): row and column, pixels."""
+    """Where a texture is dark, 0 to 1, (n, 64, 1 or 64); phases, (n, 2): row, column, pixels."""
     y = (_CENTRES[:, None] + phase[:, 0, None, None]) / _PATTERN_PERIOD
     x = (_CENTRES[None, :] + phase[:, 1, None, None]) / _PATTERN_PERIOD
-    dark = np.zeros((len(phase), IMAGE_SIZE, IMAGE_SIZE), np.float32)
+    if texture == "solid":
+        return np.zeros_like(y)
     if texture == "striped":
-        dark[:] = np.clip(0.5 + 3 * (np.cos(2 * np.pi * y) - 0.3), 0, 1)
-    if texture == "dotted":  # two interleaved grids, so that no row is much darker than another
-        dark[:] = np.cos(np.pi * (x + y)) * np.cos(np.pi * (x - y))
-        dark = np.clip(0.5 + 3 * (dark - 0.42), 0, 1)
-    return dark
+        return np.clip(0.5 + 3 * (np.cos(2 * np.pi * y) - 0.3), 0, 1)
+    # dotted: two interleaved grids, so that no row is much darker than another
+    return np.clip(0.5 + 3 * (np.cos(np.pi * (x + y)) * np.cos(np.pi * (x - y)) - 0.42), 0, 1)
 
 
 def render(scenes: list[Scene], rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Draw scenes with jitter.
+    """Draw scenes: images (n, 64, 64, 3) and antialiased masks (n, 2, 64, 64), float32 in [0, 1].
 
     Centres move by up to 1.5 pixels, radii by 6 %, angles by 8°, colours by 0.03; textures have any
-    phase.
-
-    Returns
-    -------
-    images : float32, (n, 64, 64, 3), in [0, 1]
-    masks : float32, (n, 2, 64, 64), in [0, 1]
-        Antialiased mask of each object in caption order; zeros where there is no second one.
+    phase. Masks are in caption order, and zero where there is no second object.
     """
     n = len(scenes)
     tint = rng.uniform(-0.03, 0.03, (n, 3, 3)).astype(np.float32)  # of two objects and background
@@ -211,7 +182,7 @@ def render(scenes: list[Scene], rng: np.random.Generator) -> tuple[np.ndarray, n
     phase = rng.uniform(0, _PATTERN_PERIOD, (n, 2, 2)).astype(np.float32)
     masks = np.zeros((n, 2, IMAGE_SIZE, IMAGE_SIZE), np.float32)
     images = np.empty((n, IMAGE_SIZE, IMAGE_SIZE, 3), np.float32)
-    background = _array(BACKGROUNDS[s.background] for s in scenes).reshape(n, 3)
+    background = np.float32([BACKGROUNDS[s.background] for s in scenes]).reshape(n, 3)
     images[:] = (background + tint[:, 2])[:, None, None]
     alike: dict[tuple[int, str, str], list[int]] = {}  # drawn together, which is fast
     for i, scene in enumerate(scenes):
@@ -220,15 +191,12 @@ def render(scenes: list[Scene], rng: np.random.Generator) -> tuple[np.ndarray, n
             alike.setdefault((j, o.shape, o.texture), []).append(i)
     for (j, shape, texture), i in alike.items():
         objects = [scenes[k].objects[j] for k in i]
-        row, column = (_array(POSITIONS[o.position] for o in objects) + 1.5 * jitter[i, j, :2]).T
-        radius = _array(SIZES[o.size] for o in objects) * (1 + 0.06 * jitter[i, j, 2])
+        places = np.float32([POSITIONS[o.position] for o in objects])
+        row, column = (places + 1.5 * jitter[i, j, :2]).T
+        radius = np.float32([SIZES[o.size] for o in objects]) * (1 + 0.06 * jitter[i, j, 2])
         mask = silhouette(shape, row, column, radius, np.deg2rad(8) * jitter[i, j, 3])
-        colour = (_array(COLOURS[o.colour] for o in objects) + tint[i, j])[:, None, None]
+        colour = (np.float32([COLOURS[o.colour] for o in objects]) + tint[i, j])[:, None, None]
         paint = colour * (1 - (1 - _PATTERN_DARKEN) * _pattern(texture, phase[i, j])[..., None])
         images[i] = images[i] * (1 - mask[..., None]) + paint * mask[..., None]
         masks[i, j] = mask
     return np.clip(images, 0, 1), masks
-
-
-def _array(values) -> np.ndarray:
-    return np.array(list(values), np.float32)
