@@ -341,12 +341,13 @@ def test_a_shard_damaged_before_the_folder_is_finished_is_collected_again(
 def test_what_another_machine_is_writing_is_let_be(pipe, tmp_path):
     names = (SHARD, "shard-00000.safetensors", "begun.json")
     theirs, ours, other = (tmp_path / f".{name}.1.part" for name in names)
-    for path in (theirs, ours, other):
+    inner, foreign = tmp_path / ".tmpRFXb3f", tmp_path / ".keep"  # of safetensors, of a person
+    for path in (theirs, ours, other, inner, foreign):
         path.write_bytes(b"half")
     collect(tiny_plan(tmp_path), pipe, share=(0, 2))
-    assert theirs.exists() and other.exists() and not ours.exists()
+    assert theirs.exists() and other.exists() and inner.exists() and not ours.exists()
     collect(tiny_plan(tmp_path), pipe)
-    assert not theirs.exists() and not other.exists()
+    assert [p for p in tmp_path.iterdir() if p.name.startswith(".")] == [foreign]
 
 
 def test_a_folder_is_looked_through_once_however_many_shards_it_lacks(pipe, tmp_path, monkeypatch):

@@ -123,9 +123,10 @@ class _Folder:
 
     def remove_half_written(self, own: range | None) -> None:
         """Remove what a killed process left half written: of `own` shards where others write."""
-        for path in self.path.glob(".*.part"):
-            shard = re.match(r"\.shard-(\d+)", path.name)
-            if own is None or (shard and int(shard[1]) in own):
+        for path in self.path.glob(".*"):
+            # of this package, and of safetensors, which writes to a temporary file of its own
+            ours = re.fullmatch(r"\.(?:shard-(\d+))?.*\.part|\.tmp\w{6}", path.name)
+            if ours and (own is None or (ours[1] and int(ours[1]) in own)):
                 path.unlink(missing_ok=True)
 
     def finish(self) -> None:
