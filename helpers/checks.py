@@ -15,9 +15,10 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 
 def refuse(name: str, value, valid: str) -> NoReturn:
-    """Raise ValueError: "`name` is `value`; it must be `valid`", the value cut to 80 characters."""
+    """Raise ValueError: "`name` is `value`; it must be `valid`", a long value without its middle."""
     shown = repr(value)
-    shown = shown if len(shown) <= 80 else shown[:79] + "…"
+    if len(shown) > 120:  # of a path, the end says most
+        shown = f"{shown[:40]}…{shown[-79:]}"
     raise ValueError(f"{name} is {shown}; it must be {valid}")
 
 
