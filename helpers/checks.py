@@ -15,7 +15,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 
 def refuse(name: str, value, valid: str) -> NoReturn:
-    """Raise ValueError: "`name` is `value`; it must be `valid`", a long value without its middle."""
+    """Raise ValueError: "`name` is `value`; it must be `valid`", a long value cut in the middle."""
     shown = repr(value)
     if len(shown) > 120:  # of a path, the end says most
         shown = f"{shown[:40]}…{shown[-79:]}"
