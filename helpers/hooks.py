@@ -237,7 +237,7 @@ def _grid_in(tensor: torch.Tensor, reading: Reading) -> tuple[tuple[int, int], i
         return (exact, before) if before in (0, text) else None
     if latents.ndim == 4:
         grid = _scaled(n, *latents.shape[2:])
-    else:  # packed tokens whose shape is not told: a square, unless text is among them
+    else:  # packed tokens of unknown shape: a square, unless text is among them
         grid = None if text else _scaled(n, 1, 1)
     return grid and (grid, 0)
 

@@ -79,9 +79,8 @@ def test_a_run_that_cannot_be_written_is_refused(project, tmp_path, below):
 
 
 def test_metrics_are_written_with_parameters_and_versions(project, capsys):
-    path = Run("03_train", namespace()).write({"ev": [0.5, 0.4, 0.6]})
-    assert path == project / "runs" / "tiny" / "metrics" / "03_train.json"
-    record = files.load_json(path)
+    Run("03_train", namespace()).write({"ev": [0.5, 0.4, 0.6]})
+    record = files.load_json(project / "runs" / "tiny" / "metrics" / "03_train.json")
     assert record["metrics"] == {"ev": [0.5, 0.4, 0.6]} and record["parameters"] == namespace()
     assert record["versions"]["numpy"] == np.__version__
     assert capsys.readouterr().out == "03_train.json written\n"
@@ -111,7 +110,8 @@ def written(project):
         elif what == "predictors":
             predictors.save(run.path(what), run.made_from("trajectories"))
         elif what == "latents":
-            files.save_json(run.path(what), run.made_from("dictionary"))
+            record = run.made_from("dictionary") | run.made_from("raw concat")
+            files.save_json(run.path(what), record)
         else:
             of_predictors = run.made_from("predictors") | {"config": asdict(config)}
             of_predictors |= {"history": asdict(History(step=[0, 2], seconds=1.5))}
@@ -132,7 +132,7 @@ def test_what_was_made_from_one_another_is_read(written):
     assert run.dictionary is run.dictionary and run.predictors is run.predictors
     assert run.config == TrainConfig(n_latents=8, k=2, n_updates=3)
     assert run.history.step == [0, 2] and run.history.seconds == 1.5
-    assert set(run.latents) == {"predictors", "sae"}
+    assert set(run.latents) == {"predictors", "sae", "raw concat"}
 
 
 @pytest.mark.parametrize(
@@ -143,6 +143,7 @@ def test_what_was_made_from_one_another_is_read(written):
         ("predictors", lambda run: run.baseline("raw concat"), "04"),
         ("sae", lambda run: run.baseline("raw concat"), "04"),
         ("sae", lambda run: run.latents, "05"),
+        ("raw concat", lambda run: run.latents, "05"),
     ],
 )
 def test_what_was_made_from_another_version_is_refused(written, changed, read, notebook):

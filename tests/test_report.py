@@ -74,7 +74,7 @@ def test_a_table_is_markdown_with_estimates_and_their_intervals():
 def test_tables_hold_the_metrics():
     rows = cells(report.tables(METRICS))
     for row in (
-        ["all", "0.963 [0.940, 0.980]", "≥ 0.75", ""],
+        ["all", "0.963 [0.940, 0.980]", "≥ 0.75", "met"],
         ["ridge", "0.800 [0.700, 0.900]", "0.950 [0.900, 1.000]"],
         ["raw concat", "0.910 [0.900, 0.920]", "0.380 [0.370, 0.390]", "19.9", "86%"],
         ["PCA raw", "0.000 [-0.010, 0.010]", "0.000 [-0.010, 0.010]", "20.0", ""],

@@ -41,7 +41,7 @@ def numbered(scheduler) -> tuple[torch.Tensor, torch.Tensor]:
     """The timesteps that a sampler runs through, noisiest first, and the step that each belongs to.
 
     Both are (evaluation,), on the CPU. `scheduler` is one of diffusers', its timesteps set, or the
-    timesteps of a loop. Raises ValueError where evaluations are not told apart into steps.
+    timesteps of a loop. Raises ValueError where evaluations cannot be assigned to steps.
     """
     listed = torch.as_tensor(getattr(scheduler, "timesteps", scheduler)).cpu()
     n = getattr(scheduler, "num_inference_steps", None)

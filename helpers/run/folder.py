@@ -123,7 +123,7 @@ class Run:
     def latents(self) -> dict:
         """What notebook 05 found each label's best latents to be."""
         found = load_json(self.path("latents"))
-        self._hold("latents", found, "sae")
+        self._hold("latents", found, "sae", "raw concat")
         return found
 
     @cached_property
@@ -169,14 +169,13 @@ class Run:
         about |= {"notebook": self.notebook, "run": self.name, "seed": self.parameters["seed"]}
         save_figure(fig, self.figures, name, commit=commit(), **about)
 
-    def write(self, metrics: dict) -> Path:
+    def write(self, metrics: dict) -> None:
         """Write metrics/<notebook>.json: the figures reported, parameters and versions."""
         path = self.folder / "metrics" / f"{self.notebook}.json"
         record = {"notebook": self.notebook, "parameters": self.parameters, "metrics": metrics}
         versions = {"python": platform.python_version()} | {p: version(p) for p in PACKAGES}
         save_json(path, record | {"versions": versions}, sort_keys=False)  # tables keep this order
         print(f"{path.name} written")
-        return path
 
 
 def run_folder(run: str) -> Path:

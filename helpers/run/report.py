@@ -57,7 +57,7 @@ def tables(metrics: dict[str, dict]) -> str:
         "The demo model, on captions it never saw": table(
             ["read in its images", "share right", "aim", ""],
             [
-                [name, row["measured"], f"≥ {row['aim']:.2f}", "" if row["met"] else "not met"]
+                [name, row["measured"], f"≥ {row['aim']:.2f}", "met" if row["met"] else "not met"]
                 for name, row in model["aims"].items()
             ],
         ),
