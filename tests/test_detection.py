@@ -152,8 +152,8 @@ def test_the_control_measures_latents_of_shuffled_labels_on_true_ones():
         latents, _, _ = choose(codes["validation"], [shuffled], NAMES)
         reached.append([found.on_test[n][i] for n, i in zip(NAMES, latents[0])])
     for name, values in zip(NAMES, np.array(reached).T):
-        np.testing.assert_array_equal(found.arbitrary[name], values)
-    band = found.by_luck("colour=red")
+        np.testing.assert_array_equal(found.shuffled[name], values)
+    band = found.arbitrary("colour=red")
     assert band.value == pytest.approx(np.mean(reached, axis=0)[0]) and band.value < 0.9
 
 
@@ -166,12 +166,12 @@ def test_the_control_can_fail():
         noise = np.random.default_rng(0).random((len(red), 4))
         codes[split] = Codes(sparse(red + 0.01 * noise * red), len(v.owner))
     found = detect(codes, labels, ["colour=red"], n_shuffles=20)
-    assert found.by_luck("colour=red") == (1, 1, 1)
+    assert found.arbitrary("colour=red") == (1, 1, 1)
 
 
 def made(resampled):
     resampled = {k: np.array(v) for k, v in resampled.items()}
-    return Detection({}, {}, resampled, arbitrary=resampled, on_test={})
+    return Detection({}, {}, resampled, shuffled=resampled, on_test={})
 
 
 def test_dictionaries_are_compared_on_the_same_resampled_images():
@@ -186,8 +186,8 @@ def test_labels_that_cannot_be_tested_take_no_part_in_a_mean():
     nan = float("nan")
     a, b = made({"x": [0.8, 0.7, 0.9], "y": [nan] * 3}), made({"x": [0.5] * 3, "y": [nan] * 3})
     assert a.auroc("x", "y").value == 0.8 and a.less(b, "x", "y").value == pytest.approx(0.3)
-    assert a.by_luck("x", "y").value == pytest.approx(0.8)
-    assert np.isnan(a.auroc("y").value) and np.isnan(a.by_luck("y").value)
+    assert a.arbitrary("x", "y").value == pytest.approx(0.8)
+    assert np.isnan(a.auroc("y").value) and np.isnan(a.arbitrary("y").value)
 
 
 def test_how_often_a_label_holds_where_a_latent_is_strongest():

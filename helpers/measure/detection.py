@@ -5,8 +5,8 @@ guessing, 1 is never wrong. Tokens are compared with tokens of things of the lab
 latent of a label is the best one on validation images; its figure is that on test images, since the
 best of many is always partly luck on the images that chose it.
 
-A thresholded code is zero at most tokens, and these all tie: the threshold is a cut, which costs a
-latent that is active too rarely. Dense two-sided codes, such as neurons, know no cut.
+A thresholded code is zero at most tokens, and these all tie, so that a latent which is active too
+rarely scores low. Dense two-sided codes, such as those of neurons, have no threshold.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from helpers.measure.labels import Labels
 class Codes:
     """Codes of a dictionary, (image · token, latent): CSC or, of two-sided latents, an array.
 
-    Two-sided: a small code may tell a label as well as a large one does.
+    Two-sided: a small code may indicate a label as well as a large one.
     """
 
     values: scipy.sparse.csc_matrix | np.ndarray
@@ -118,16 +118,16 @@ class Detection:
     """Its AUROC there."""
     resampled: dict[str, np.ndarray]
     """Its AUROC on test images, then on resampled ones, the same for every dictionary."""
-    arbitrary: dict[str, np.ndarray]
-    """AUROC on the true labels of test images of latents chosen for shuffled validation labels,
-    (shuffle,): what a latent reaches that was not chosen for the label."""
+    shuffled: dict[str, np.ndarray]
+    """AUROC, for the true labels of test images, of latents chosen for shuffled validation labels,
+    (shuffle,)."""
     on_test: dict[str, np.ndarray]
     """AUROC of every latent on the test images, (latent,)."""
 
     def auroc(self, *names: str) -> metrics.Estimate:
         """AUROC on the test images, mean over labels, with its interval over images.
 
-        Labels that all or no test tokens of their kind have take no part, here and below.
+        Labels that all or no test tokens of their kind have are left out, here and below.
         """
         return _mean([self.resampled[n] for n in names])
 
@@ -135,15 +135,18 @@ class Detection:
         """AUROC less a rival's on the same images, mean over labels."""
         return _mean([self.resampled[n] - rival.resampled[n] for n in names])
 
-    def by_luck(self, *names: str) -> metrics.Estimate:
-        """Mean and central 95 % over shuffles of what arbitrary latents reach, mean over labels."""
-        told = [self.arbitrary[n] for n in names if not np.isnan(self.resampled[n][0])]
-        return _mean([np.array([v.mean(), *v]) for v in told])
+    def arbitrary(self, *names: str) -> metrics.Estimate:
+        """AUROC of arbitrary latents, those chosen for shuffled labels, mean over labels.
+
+        The interval is the central 95 % of the shuffles.
+        """
+        defined = [self.shuffled[n] for n in names if not np.isnan(self.resampled[n][0])]
+        return _mean([np.array([v.mean(), *v]) for v in defined])
 
 
 def _mean(resampled: list[np.ndarray]) -> metrics.Estimate:
-    told = [v for v in resampled if not np.isnan(v[0])]
-    return metrics.of_resampled(np.mean(told, axis=0)) if told else metrics.NOTHING
+    defined = [v for v in resampled if not np.isnan(v[0])]
+    return metrics.of_resampled(np.mean(defined, axis=0)) if defined else metrics.NOTHING
 
 
 def detect(codes: dict, labels: dict, names: list[str], *, n_shuffles: int, seed=0) -> Detection:
@@ -170,7 +173,7 @@ def detect(codes: dict, labels: dict, names: list[str], *, n_shuffles: int, seed
         latent=dict(zip(names, latents[0].tolist())),
         validation=dict(zip(names, validation[0].tolist())),
         resampled=resampled,
-        arbitrary=dict(zip(names, reached.T)),
+        shuffled=dict(zip(names, reached.T)),
         on_test=dict(zip(names, on_test.T)),
     )
 

@@ -18,7 +18,7 @@ from helpers.measure import metrics
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """What one dictionary left and spent, summed over the trajectories of each image."""
+    """Errors and cost of one dictionary, over the trajectories of each image."""
 
     sums: dict[str, tuple[np.ndarray, np.ndarray]]
     """space -> Σ (y - ŷ)² and Σ (y - y of the training mean)², each float64, (image, step)"""
@@ -53,7 +53,7 @@ def measure(
     """Rebuild trajectories from each dictionary's codes; errors are measured in all `spaces`.
 
     `shards` gives standardised trajectories, Float[Tensor, "image token step channel"], and is
-    gone through once.
+    read once.
     """
     sums = {name: {space: [] for space in spaces} for name in dictionaries}
     numbers = {name: [] for name in dictionaries}
