@@ -127,3 +127,14 @@ def cached(path: str | Path, made_from: dict, make: Callable[[], Moments]) -> Mo
     moments = make()
     moments.save(path, made_from)
     return moments
+
+
+def accumulate_once(
+    path: str | Path,
+    made_from: dict,
+    shards: Iterable[torch.Tensor],
+    shift: torch.Tensor | None = None,
+    device="cpu",
+) -> Moments:
+    """`accumulate`, kept in `path`; `shards` are left unread where it was `made_from` the same."""
+    return cached(path, made_from, lambda: accumulate(shards, shift, device))

@@ -151,6 +151,15 @@ def residual_covariance(predictors: Predictors, moments: Moments) -> torch.Tenso
     return product / m.count - total[:, :, None] * total[:, None] / m.count**2
 
 
+def shuffled_pairs(h: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Trajectories (n, S, d) with each step's activations in a random order of its own.
+
+    A control: each step is distributed as before, only what it has to do with the others is lost.
+    """
+    orders = [torch.randperm(len(h), generator=generator) for _ in range(h.shape[1])]
+    return torch.stack([h[order, s] for s, order in enumerate(orders)], dim=1)
+
+
 class _Products(NamedTuple):
     """Sums of products of standardised activations."""
 

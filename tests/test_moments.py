@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers.files import save_tensors
-from helpers.moments import Moments, accumulate, cached
+from helpers.moments import Moments, accumulate, accumulate_once, cached
 
 SUMS = ("total", "square", "cross")
 
@@ -153,3 +153,13 @@ def test_cached_moments_are_made_once_for_the_same_origin(tmp_path):
     other = cached(path, {"trajectories": "b"}, make)
     assert len(made) == 2 and not torch.equal(other.total, first.total)
     same(cached(path, {"trajectories": "b"}, make), other)
+
+
+def test_accumulating_once_reads_the_shards_of_an_origin_only_once(tmp_path):
+    path, h = tmp_path / "train.safetensors", recorded()
+    shift = torch.ones(h.shape[1], h.shape[3], dtype=torch.float64)
+    first = accumulate_once(path, {"trajectories": "a"}, h.split(5), shift)
+    same(first, accumulate(h.split(5), shift))
+    unread = iter(h.split(5))
+    same(accumulate_once(path, {"trajectories": "a"}, unread, shift), first)
+    assert len(list(unread)) == 3

@@ -195,3 +195,12 @@ def test_a_file_that_holds_no_predictors_is_named(tmp_path):
     save_tensors(tmp_path / "part.safetensors", {"mu": torch.zeros(1)})
     with pytest.raises(ValueError, match="part.safetensors does not hold predictors"):
         Predictors.load(tmp_path / "part.safetensors")
+
+
+def test_shuffled_pairs_hold_the_same_activations_in_another_order_at_every_step():
+    h = torch.arange(50 * 3 * 2.0).view(50, 3, 2)
+    mixed = predictors.shuffled_pairs(h, torch.Generator().manual_seed(0))
+    for s in range(3):
+        assert torch.equal(mixed[:, s].sort(0).values, h[:, s])
+    places = mixed[:, :, 0].argsort(0)  # where each step's activations went
+    assert (places[:, 0] == places[:, 1]).sum() < 10 and (places[:, 1] == places[:, 2]).sum() < 10
