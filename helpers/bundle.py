@@ -17,7 +17,7 @@ from helpers.dictionary import Dictionary
 from helpers.files import digest, load_json, load_tensors, save_json
 
 # of a collection's manifest, what is needed to listen and to steer where it was recorded
-KEPT = (
+MANIFEST_FIELDS = (
     *("model", "model_dtype", "revision", "hookpoint", "signal", "branch", "steps", "timesteps"),
     *("sigmas", "scheduler", "sampling", "grid", "channels", "versions"),
 )
@@ -38,12 +38,11 @@ class Bundle(
 
     def __init__(self, dictionary: Dictionary, manifest: dict):
         sizes = dictionary.coordinates.n_steps, dictionary.coordinates.channels
-        if (len(manifest["steps"]), manifest["channels"]) != sizes:
-            raise ValueError(
-                "the dictionary and the manifest are not of the same steps or channels"
-            )
+        given = len(manifest["steps"]), manifest["channels"]
+        if given != sizes:
+            refuse("manifest's steps and channels", given, f"the dictionary's, {sizes}")
         self.dictionary = dictionary
-        self.manifest = {name: value for name, value in manifest.items() if name in KEPT}
+        self.manifest = {name: value for name, value in manifest.items() if name in MANIFEST_FIELDS}
         if Path(self.manifest.get("model", "")).is_absolute():
             self.manifest["model"] = Path(self.manifest["model"]).name
 

@@ -184,7 +184,7 @@ def edit(
     """
     tap, n = Tap.of(tap), len(prompts)
     branch = one_of("branch", branch or tap.branch, (*BRANCHES, "both"))
-    edited = BRANCHES if branch == "both" else (branch,)
+    chosen = BRANCHES if branch == "both" else (branch,)
     n_steps = sampling["num_inference_steps"]
     first, last = check_window((0, n_steps - 1) if window is None else window, n_steps)
     batches = [slice(i, i + (batch_size or n)) for i in range(0, n, batch_size or n)]
@@ -196,18 +196,18 @@ def edit(
             if not first <= call.step <= last:
                 return None
             rows = dict(zip(call.branches, tokens.chunk(len(call.branches))))
-            new = {name: change(rows[name], call.step, images) for name in edited if name in rows}
-            if all(value is None for value in new.values()):
+            new = {name: change(rows[name], call.step, images) for name in chosen if name in rows}
+            edited = {name: value.to(tokens) for name, value in new.items() if value is not None}
+            if not edited:
                 return None
-            kept = {name: value.to(tokens) for name, value in new.items() if value is not None}
-            return torch.cat([kept.get(name, value) for name, value in rows.items()])
+            return torch.cat([edited.get(name, value) for name, value in rows.items()])
 
         n_images = len(prompts[images])
         with listen(denoiser_of(pipe), pipe.scheduler, tap, on_call, n_images=n_images):
             made.append(generate(pipe, prompts[images], seeds[images], **sampling))
         if not run:
             refuse("hookpoint", tap.hookpoint, "a module that the model calls as it samples")
-        if not run & set(edited):
+        if not run & set(chosen):
             refuse("branch", branch, f"{' or '.join(sorted(run))}, which this pipeline runs")
     return np.concatenate(made)
 

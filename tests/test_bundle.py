@@ -8,7 +8,7 @@ import torch
 from conftest import SAMPLING, TOKENS, some_predictors
 
 from helpers import coordinates, dictionary
-from helpers.bundle import KEPT, Bundle
+from helpers.bundle import MANIFEST_FIELDS, Bundle
 from helpers.files import digest, load_json, save_json, save_tensors
 from helpers.predictors import Predictors
 
@@ -67,7 +67,7 @@ def same(one, other):
 
 
 def test_a_bundle_knows_where_it_listens_and_nothing_of_the_images(bundle):
-    assert bundle.manifest == {name: MANIFEST[name] for name in KEPT} | {"model": "tiny"}
+    assert bundle.manifest == {name: MANIFEST[name] for name in MANIFEST_FIELDS} | {"model": "tiny"}
 
 
 def test_its_dictionary_is_the_runs(run, bundle):
@@ -161,7 +161,7 @@ def test_pieces_that_do_not_belong_together_are_refused(run, tmp_path):
 
 
 def test_a_manifest_of_other_sizes_is_refused(bundle):
-    with pytest.raises(ValueError, match="steps or channels"):
+    with pytest.raises(ValueError, match="^manifest's steps and channels is"):
         Bundle(bundle.dictionary, MANIFEST | {"channels": 7})
 
 

@@ -72,6 +72,13 @@ def test_the_manifest_adds_versions_and_each_shards_images_and_digest(finished, 
     assert sorted(contents(finished)) == ["begun.json", "manifest.json", *sorted(shards)]
 
 
+def test_where_no_terminal_is_no_bars_are_drawn(pipe, tmp_path, capsys):
+    folder = tmp_path / "quiet"
+    collect(tiny_plan(folder), pipe)
+    Store(folder).verify()
+    assert capsys.readouterr().err == ""
+
+
 def test_collecting_again_makes_nothing_new(pipe, collected, monkeypatch):
     before = contents(collected)
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # nor need it be written in

@@ -83,10 +83,10 @@ def test_targets_join_to_one():
     assert effects.joined([]) == {}
 
 
-def test_words_name_what_is_asked_for_and_there():
+def test_the_measures_shown_are_those_asked_for_that_are_there_or_the_headline():
     summarised = {"success": metrics.Estimate(0.5, 0.25, 0.75), "kept": metrics.Estimate(1, 0.5, 1)}
-    assert effects.words(summarised, "kept", "size") == "kept 1.000 [0.500, 1.000]"
-    assert effects.words(summarised).startswith("success 0.500 [0.250, 0.750]  kept")
+    assert effects.some(summarised, "kept", "size") == {"kept": summarised["kept"]}
+    assert effects.some(summarised, "size") == effects.some(summarised) == summarised
 
 
 def response(gains):

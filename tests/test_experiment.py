@@ -1,3 +1,4 @@
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -81,6 +82,18 @@ def test_nothing_is_made_twice(lab, monkeypatch):
     lab.images(push, [1, 0, 1])
     lab.images(push, [2, 0])
     assert batches == [3, 1, 1] and lab.n_made == 4 + 5
+
+
+def test_any_latent_can_be_pushed_and_the_directions_given_stay_as_they_were(lab, residual):
+    given = dict(lab.directions)
+    again = replace(lab, directions=given, made={})
+    dense = dictionary.Dictionary("d", residual, sae.SAE(64, 5, 2))
+    push = again.latent_push("a", dense, 3, 2.0)
+    assert push == Push("a", "latent 3", 2.0)
+    assert torch.equal(again.directions["a", "latent 3"], dense.directions(3))
+    assert given == lab.directions
+    with pytest.raises(ValueError, match="latent is 5.*from 0 to 4"):
+        again.latent_push("a", dense, 5, 2.0)
 
 
 def test_adding_nothing_changes_nothing(lab):

@@ -68,10 +68,10 @@ def headline(summarised: dict) -> tuple[str, str]:
     return ("success", "kept") if "success" in summarised else ("inside", "outside")
 
 
-def words(summarised: dict, *names: str) -> str:
-    """Some measures and their estimates in a line: those named that are there, or the headline."""
+def some(summarised: dict, *names: str) -> dict[str, metrics.Estimate]:
+    """The measures to show: those named that are there, or else the headline."""
     chosen = [n for n in names if n in summarised] or headline(summarised)
-    return "  ".join(f"{name} {summarised[name]}" for name in chosen)
+    return {name: summarised[name] for name in chosen}
 
 
 def best_strength(response: dict[float, dict]) -> float:

@@ -13,7 +13,7 @@ import torch
 from tqdm.auto import tqdm
 
 from helpers import steering
-from helpers.checks import nearest, refuse
+from helpers.checks import in_range, nearest, refuse
 from helpers.coordinates import Coordinates
 from helpers.dictionary import Dictionary
 from helpers.measure.effects import measure
@@ -48,7 +48,7 @@ class ClassMeans:
 
     @property
     def difference(self) -> torch.Tensor:
-        """A dense direction that was told the labels, (S, d)."""
+        """A dense direction that uses the labels, (S, d)."""
         return self.having - self.lacking
 
 
@@ -88,7 +88,8 @@ class Pool:
     def make(cls, pipe, store, prompts, seeds, batch_size: int) -> Pool:
         """Generate and record images with the settings of a store, at its tap and steps."""
         images, h = [], []
-        for i in tqdm(range(0, len(prompts), batch_size), "unsteered images", leave=False):
+        starts = range(0, len(prompts), batch_size)
+        for i in tqdm(starts, "unsteered images", leave=False, disable=None):
             batch = slice(i, i + batch_size)
             made = record(
                 pipe, prompts[batch], seeds[batch], store.tap, store.steps, **store.sampling
@@ -143,6 +144,7 @@ class Experiment:
 
     def __post_init__(self):
         self.n_made += len(self.pool.images)
+        self.directions = dict(self.directions)  # `latent_push` adds to them
 
     @property
     def n_steps(self) -> int:
@@ -153,7 +155,8 @@ class Experiment:
         tasks = [(push, i) for push, picks in wanted.items() for i in picks]
         tasks = [task for task in dict.fromkeys(tasks) if task not in self.made]
         starts = range(0, len(tasks), self.batch_size)
-        for start in tqdm(starts, "steered images", leave=False, disable=len(starts) < 2):
+        quiet = len(starts) < 2 or None  # None: shown in notebooks and terminals
+        for start in tqdm(starts, "steered images", leave=False, disable=quiet):
             batch = tasks[start : start + self.batch_size]
             additions = {push: self.addition(push) for push in dict.fromkeys(p for p, _ in batch)}
             delta = torch.stack([additions[push] for push, _ in batch], dim=1)[:, :, None]
@@ -165,6 +168,12 @@ class Experiment:
         """Steered images of the pool's `picks`, (image, height, width, 3), made if need be."""
         self.make({push: picks})
         return np.stack([self.made[push, i] for i in picks])
+
+    def latent_push(self, target: str, dictionary: Dictionary, latent: int, strength: float):
+        """The `Push` along any latent's feature trajectory, in a target's region at all steps."""
+        in_range("latent", latent, 0, dictionary.n_latents - 1)
+        self.directions[target, f"latent {latent}"] = dictionary.directions(latent)
+        return Push(target, f"latent {latent}", strength)
 
     def addition(self, push: Push) -> torch.Tensor:
         """What a push adds at every denoising step, raw units, (step, channel)."""

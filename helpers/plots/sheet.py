@@ -1,4 +1,4 @@
-"""A sheet of images: named rows of them, some with a tick."""
+"""Sheets of images: named rows of them, some with a tick; one image beside the unsteered one."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from helpers.plots.images import show_image
+from helpers.plots.style import TEXT
 
 SIDE = 0.66  # inches, of an image and its margin
 
@@ -39,6 +40,18 @@ def sheet(rows: dict[str, np.ndarray], ticks=None, titles=(), title: str = "") -
                 if ticked[i]:
                     _tick(ax)
     fig.suptitle(title, fontsize=8)
+    return fig
+
+
+def beside_unsteered(unsteered: np.ndarray, steered: np.ndarray, title: str) -> Figure:
+    """An image (height, width, 3) in [0, 1] without and with steering, and where they differ."""
+    fig, axes = plt.subplots(1, 3, figsize=(TEXT, 1.8))
+    show_image(axes[0], unsteered, "unsteered")
+    show_image(axes[1], steered, title)
+    change = axes[2].imshow(abs(steered - unsteered).mean(-1), cmap="magma", vmin=0, vmax=1)
+    axes[2].set_title("absolute change", fontsize=7)
+    axes[2].set_axis_off()
+    fig.colorbar(change, ax=axes[2])
     return fig
 
 

@@ -182,15 +182,15 @@ def _record(folders: list[_Folder], pipe, todo: list[int], own: range, silent) -
         initial=plan.n_images(own) - plan.n_images(todo),
         desc="collecting",
         unit="image",
-        disable=bool(silent) or not todo,
+        disable=bool(silent) or not todo or None,  # None: shown in notebooks and terminals
     )
     with bar, ThreadPoolExecutor(1) as writer:
         writing = []
         for i in todo:
             prompts, seeds = ([of[j] for j in plan.shards[i]] for of in (plan.prompts, plan.seeds))
-            tokens = [folder.tokens(i) for folder in folders]
+            chosen = [folder.tokens(i) for folder in folders]
             images, activations, _ = record_all(
-                pipe, prompts, seeds, taps, plan.steps, tokens, **plan.sampling
+                pipe, prompts, seeds, taps, plan.steps, chosen, **plan.sampling
             )
             for tap, h in zip(taps, activations):
                 _refuse_overflow(tap.hookpoint, h, plan.store_dtype)
@@ -198,8 +198,8 @@ def _record(folders: list[_Folder], pipe, todo: list[int], own: range, silent) -
                 for written in writing[: len(folders)]:
                     written.result()
                 del writing[: len(folders)]
-            for folder, h, kept in zip(folders, activations, tokens):
-                writing.append(writer.submit(folder.write, i, h, images, kept))
+            for folder, h, tokens in zip(folders, activations, chosen):
+                writing.append(writer.submit(folder.write, i, h, images, tokens))
             bar.update(len(images))
         for written in writing:
             written.result()

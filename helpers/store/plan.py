@@ -101,12 +101,12 @@ class Plan:
         return self.train_images or not self.is_train(i)
 
     def chosen_tokens(self, i: int, n_tokens: int) -> torch.Tensor | None:
-        """Int64[Tensor, "image kept"]: tokens to keep, drawn by each image's seed; None for all."""
+        """Int64[Tensor, "image token"]: tokens to keep, drawn by image seeds; None for all."""
         if not (self.tokens_per_image and self.is_train(i)):
             return None
         draws = (np.random.default_rng([self.seeds[j], 7]) for j in self.shards[i])
-        kept = [draw.permutation(n_tokens)[: self.tokens_per_image] for draw in draws]
-        return torch.from_numpy(np.sort(kept, axis=1))
+        tokens = [draw.permutation(n_tokens)[: self.tokens_per_image] for draw in draws]
+        return torch.from_numpy(np.sort(tokens, axis=1))
 
     def shard_bytes(self, i: int, record: dict, pipe) -> int:
         """What shard i of a folder with that record takes on disk."""

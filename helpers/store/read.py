@@ -41,7 +41,7 @@ class Store:
     def verify(self) -> None:
         """Hold every shard against its SHA-256; ValueError names the first that differs."""
         shards = range(len(self.manifest["shards"]))
-        for i in tqdm(shards, desc="checking shards", leave=False, delay=2):
+        for i in tqdm(shards, desc="checking shards", leave=False, delay=2, disable=None):
             self._shard(i)
 
     def _shard(self, i: int) -> Path:
@@ -79,12 +79,12 @@ class Store:
         return (load_tensors(self._shard(i), ("h",))[0]["h"].float() for i in own)
 
     def tokens(self, split: str) -> np.ndarray:
-        """Which tokens of each image were kept, int, (image, kept)."""
+        """Which tokens of each image were kept, int, (image, token)."""
         shards = self._shards_of(split)
         if self.tokens_kept(split) == self.n_tokens:
             return np.tile(np.arange(self.n_tokens), (self.n_images(split), 1))
-        kept = (load_tensors(self._shard(i), ("tokens",))[0]["tokens"].numpy() for i in shards)
-        return np.concatenate(list(kept))
+        tokens = [load_tensors(self._shard(i), ("tokens",))[0]["tokens"].numpy() for i in shards]
+        return np.concatenate(tokens)
 
     def images(self, split: str, rows=slice(None)) -> np.ndarray:
         """A split's images, or `rows` of them: float32, (image, height, width, 3), in [0, 1]."""

@@ -87,11 +87,11 @@ def train(
 ) -> tuple[SAE, History]:
     """Train an SAE with Adam on `batches` (batch, d_in), or on `batches(n)`, which leaves out n.
 
-    In the folder `checkpoints`, the whole state is kept every `save_every` updates, in a file named
-    by the settings and by `record`, which may tell the data's fingerprint. If it is there, training
-    goes on from it and ends with the weights that it would have had without stopping, bit for bit
-    on a CPU. With an `accelerate.Accelerator`, each process gives its part of every batch, and the
-    largest codes are chosen among all. NaN or infinity in a batch or in the loss raises
+    In the folder `checkpoints`, the whole state is saved every `save_every` updates, in a file
+    named by the settings and by `record`, which may tell the data's fingerprint. If it is there,
+    training goes on from it and ends with the weights that it would have had without stopping, bit
+    for bit on a CPU. With an `accelerate.Accelerator`, each process gives its part of every batch,
+    and the largest codes are chosen among all. NaN or infinity in a batch or in the loss raises
     FloatingPointError, naming the update; the last checkpoint stays.
     """
     # MPS has no sparse products
@@ -105,14 +105,14 @@ def train(
     main = accelerator is None or accelerator.is_main_process
     quiet = not main or done == n_updates or None  # None: shown in notebooks and terminals
     start = time.perf_counter() - history.seconds
-    stream = _from(batches, done)
+    stream = _from(batches, done, n_updates)
     bar = tqdm(range(done, n_updates), label, n_updates, initial=done, mininterval=1, disable=quiet)
     for _ in bar:
         try:
             training.update(next(stream))
         except FloatingPointError as error:
-            kept = f"; {path} is kept" if path and path.exists() else ""
-            raise FloatingPointError(f"{label}, {error}{kept}") from None
+            saved = f"; {path} is saved" if path and path.exists() else ""
+            raise FloatingPointError(f"{label}, {error}{saved}") from None
         history.seconds = time.perf_counter() - start
         if path and main and (training.done % save_every == 0 or training.done == n_updates):
             training.save(path, settings)
@@ -127,10 +127,12 @@ def _checkpoint(folder: Path, label: str, settings: dict) -> Path:
     return folder / f"{label.replace(' ', '_')}-{hashed[:12]}.safetensors"
 
 
-def _from(batches, start: int) -> Iterator[torch.Tensor]:
-    """Batches from the one numbered `start` on; ValueError where there are no more."""
+def _from(batches, start: int, n_updates: int) -> Iterator[torch.Tensor]:
+    """Batches from the one numbered `start` on; ValueError where they end before n_updates."""
     yield from batches(start) if callable(batches) else islice(batches, start, None)
-    raise ValueError("batches ended before n_updates; give as many, or an endless iterator")
+    refuse(
+        "n_updates", n_updates, "at most the number of batches; give more, or an endless iterator"
+    )
 
 
 class _Training:

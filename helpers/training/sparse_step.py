@@ -157,5 +157,5 @@ def _largest(
         top = torch.nn.functional.pad(top, (0, n - len(top)), value=float("-inf"))
         top = torch.topk(accelerator.gather(top), n, sorted=False).values
     cut = top.min()
-    kept = (values >= cut) & (values > 0)
-    return among[kept], values[kept], cut
+    active = (values >= cut) & (values > 0)
+    return among[active], values[active], cut
