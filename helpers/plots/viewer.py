@@ -15,7 +15,8 @@ def viewer(view: Callable[..., Figure], **controls: ipywidgets.Widget) -> ipywid
 
     It is drawn anew when one changes; give those that start slow work `continuous_update=False`.
     """
-    picture = ipywidgets.Image(format="png")
+    # as large as it is drawn: a box would stretch it to the width of the cell
+    picture = ipywidgets.Image(format="png", layout={"align_self": "flex-start"})
 
     def redraw(_=None):
         picture.value = png(view(**{name: control.value for name, control in controls.items()}))
