@@ -85,7 +85,7 @@ def cache_latents(pipe, n: int, path, seed: int = 0) -> tuple[torch.Tensor, list
     path = Path(path)
     if not path.exists():
         parts = []
-        for i in tqdm(range(0, n, 512), desc="encoding scenes"):
+        for i in tqdm(range(0, n, 512), desc="encoding scenes", disable=None):
             images, _ = world.render(scenes[i : i + 512], rng)
             with _autocast(pipe.vae.device):
                 parts.append((encode(pipe.vae, images) * pipe.vae.config.scaling_factor).half())
@@ -175,7 +175,8 @@ def train(
             state[name].copy_(tensor)
         for counter in (average.n_averaged, *(s["step"] for s in optimiser.state.values())):
             counter.add_(len(losses))
-    bar = tqdm(desc=checkpoint.stem, total=schedule.steps, initial=len(losses), mininterval=2)
+    shown = {"initial": len(losses), "mininterval": 2, "disable": None}
+    bar = tqdm(desc=checkpoint.stem, total=schedule.steps, **shown)
     for step in range(len(losses), schedule.steps):
         start = time.perf_counter()
         optimiser.param_groups[0]["lr"] = schedule.rate(step)

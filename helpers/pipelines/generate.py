@@ -49,7 +49,7 @@ def generate(pipe, prompts, seeds, **sampling) -> np.ndarray:
 
 def generate_all(pipe, prompts, seeds, batch_size, *, desc=None, **sampling) -> np.ndarray:
     """`generate` in batches, joined; `desc` stands before a progress bar, None for no bar."""
-    starts = tqdm(range(0, len(prompts), batch_size), desc, disable=desc is None)
+    starts = tqdm(range(0, len(prompts), batch_size), desc, disable=desc is None or None)
     batches = (slice(start, start + batch_size) for start in starts)
     return np.concatenate([generate(pipe, prompts[b], seeds[b], **sampling) for b in batches])
 
