@@ -430,10 +430,11 @@ def test_afterwards_one_process_finds_it_done(run, launched, monkeypatch):
 
 
 @pytest.mark.process
-def test_only_the_first_of_two_processes_shows_its_progress(launched):
+def test_only_the_first_of_two_processes_says_what_was_done(launched):
     _, out, err = launched
     assert "moments of 96\n" in out and out.count("train: done; this process held at most") == 1
-    assert err.count("collecting:   0%") == 1 and "Traceback" not in err and "Warning" not in err
+    assert "Traceback" not in err and "Warning" not in err
+    assert "collecting:" not in err and "it/s" not in err  # no bars where there is no terminal
 
 
 NOTEBOOK = """
