@@ -38,7 +38,7 @@ slow: .venv/installed
 estimate: .venv/installed
 	$(BIN)/python -m helpers.run.estimate $(RUN)
 
-# Speed and memory as ratios, measured here, into the README; run it when nothing else runs.
+# Speed and memory as ratios, measured here, into figures/README.md; run it when nothing else runs.
 bench: .venv/installed .venv-peers/installed
 	$(BIN)/python -m tests.benchmarks --readme
 
