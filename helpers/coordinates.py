@@ -76,7 +76,7 @@ class Coordinates(torch.nn.Module):
     def residualize(self, x: torch.Tensor) -> torch.Tensor:
         """Standardised activations (…, S, d) -> coordinates y, (…, S·d)."""
         predicted = self.b.to(x)
-        for lag, M in self._lags():
+        for lag, M in self.lags():
             part = torch.einsum("...sd,sde->...se", x[..., :-lag, :], M[lag:].to(x))
             predicted = predicted + torch.nn.functional.pad(part, (0, 0, lag, 0))
         r = x - predicted
@@ -105,13 +105,13 @@ class Coordinates(torch.nn.Module):
         x: list[torch.Tensor] = []
         for s in range(self.n_steps):
             predicted = b[s].to(y)
-            for lag, M in self._lags():
+            for lag, M in self.lags():
                 if lag <= s:
                     predicted = x[s - lag] @ M[s].to(y) + predicted
             x.append(predicted + r[..., s, :])
         return torch.stack(x, dim=-2)
 
-    def _lags(self):
+    def lags(self) -> list[tuple[int, torch.Tensor]]:
         """(1, A) and (2, B), where they predict anything."""
         return [(lag, M) for lag, M in ((1, self.A), (2, self.B)) if lag in self._used]
 

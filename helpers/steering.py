@@ -49,9 +49,8 @@ def only_new(u: torch.Tensor, coordinates: Coordinates) -> torch.Tensor:
     The rest is left to the model, which carries on what it was given at the steps before.
     """
     new = u.clone()
-    for lag, M in ((1, coordinates.A), (2, coordinates.B)):
-        if M is not None:
-            new[lag:] -= torch.einsum("sd,sde->se", u[:-lag], M[lag:].to(u))
+    for lag, M in coordinates.lags():
+        new[lag:] -= torch.einsum("sd,sde->se", u[:-lag], M[lag:].to(u))
     return new
 
 
