@@ -82,7 +82,10 @@ class Coordinates(torch.nn.Module):
         r = x - predicted
         if self.D_inverse.ndim == 1:
             return (r / self.D_inverse.to(x)[:, None]).flatten(-2)
-        return torch.einsum("...sd,sde->...se", r, self.D.to(x)).flatten(-2)
+        D = self.D.to(x)
+        if x.dtype == torch.float64:  # an inverse rounded to single precision loses half its digits
+            D = torch.linalg.inv(self.D_inverse.to(x))
+        return torch.einsum("...sd,sde->...se", r, D).flatten(-2)
 
     def restore(self, y: torch.Tensor) -> torch.Tensor:
         """The inverse of `residualize`: (…, S·d) -> (…, S, d)."""
