@@ -32,8 +32,7 @@ class Bundle(
 ):
     """A dictionary and, of the manifest of what it was trained on, what steering needs.
 
-    Saving and uploading, `save_pretrained` and `push_to_hub`, are huggingface_hub's: a safetensors
-    file with its SHA-256 and a config.json. Prompts, seeds and paths do not go along.
+    `save_pretrained` and `push_to_hub` are huggingface_hub's. Prompts, seeds and paths stay behind.
     """
 
     def __init__(self, dictionary: Dictionary, manifest: dict):
@@ -50,8 +49,7 @@ class Bundle(
     def from_folder(folder: str | Path) -> Bundle:
         """The bundle of a run's folder, after notebook 03.
 
-        FileNotFoundError or ValueError names a file that is missing, or that has been made anew
-        since a later one was made from it.
+        FileNotFoundError or ValueError names a file that is missing, or newer than what it made.
         """
         manifest = Path(folder) / "trajectories" / "manifest.json"
         predictors = Path(folder) / "predictors.safetensors"
@@ -65,9 +63,8 @@ class Bundle(
 
     @classmethod
     def from_pretrained(cls, name: str | Path, **download) -> Bundle:
-        """A bundle from a folder, or from a name on the hub, "owner/name".
+        """A bundle from a folder or a name on the hub; `download` is for `hf_hub_download`.
 
-        `download` is for `huggingface_hub.hf_hub_download`: revision, token, cache_dir and so on.
         FileNotFoundError or ValueError names a file that is missing or damaged.
         """
         folder = Path(name).expanduser()

@@ -52,12 +52,8 @@ def nearest(name: str, known: Iterable[str], n: int = 4) -> str:
 
 def choose_device(device: str) -> str:
     """'auto' is CUDA, else MPS, else the CPU; anything else must be a device that is there."""
-    there = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
-    present = [kind for kind, is_there in there.items() if is_there]
+    there = {"cuda": torch.cuda, "mps": torch.backends.mps}
+    present = [kind for kind, backend in there.items() if backend.is_available()] + ["cpu"]
     if device == "auto":
         return present[0]
     named = re.fullmatch(r"(\w+)(:\d+)?", str(device))

@@ -27,47 +27,29 @@ import torch
 
 from helpers.checks import in_range
 from helpers.moments import Moments
-from helpers.predictors import Predictors, residual_covariance
+from helpers.predictors import Predictors, residual_covariance, shuffled_pairs
 
 
 class Coordinates(torch.nn.Module):
     """An invertible affine map between standardised trajectories x and coordinates y.
 
-    Parameters
-    ----------
-    mu : Float[Tensor, "S d"]; scale : Float[Tensor, "S"]
-        Of `standardise`, as in `Predictors`.
-    A : Float[Tensor, "S d d"]; b : Float[Tensor, "S d"]
-        Prediction from the step before; A[0] is not used.
-    D_inverse : Float[Tensor, "S"] or Float[Tensor, "S d d"]
-        D[s]⁻¹, what a unit of y[s] is in x: a number or a matrix a step.
-    B : Float[Tensor, "S d d"], optional
-        Prediction from two steps before; B[0] and B[1] are not used.
+    mu (S, d) and scale (S,) standardise, as in `Predictors`. A (S, d, d) and b (S, d) predict from
+    the step before, B (S, d, d), if given, from two steps before; A[0], B[0] and B[1] are not used.
+    D_inverse (S,) or (S, d, d) is D[s]⁻¹, a number or a matrix: what a unit of y[s] is in x.
     """
 
     def __init__(self, mu, scale, A, b, D_inverse, B=None):
         super().__init__()
-        for name, value in (("mu", mu), ("scale", scale), ("A", A), ("B", B), ("b", b)):
+        given = {"mu": mu, "scale": scale, "A": A, "B": B, "b": b, "D_inverse": D_inverse}
+        for name, value in given.items():
             self.register_buffer(name, value)
-        self.register_buffer("D_inverse", D_inverse)
         # computed from the rounded D⁻¹, so that a saved one comes back to the same bits
         inverse = torch.linalg.inv(D_inverse.double()) if D_inverse.ndim == 3 else 1 / D_inverse
         self.register_buffer("D", inverse.to(D_inverse.dtype), persistent=False)
         # lags that predict anything: raw coordinates need no products
         self._used = [lag for lag, M in ((1, A), (2, B)) if M is not None and M[lag:].any()]
-
-    @property
-    def n_steps(self) -> int:
-        return self.mu.shape[0]
-
-    @property
-    def channels(self) -> int:
-        return self.mu.shape[1]
-
-    @property
-    def d_in(self) -> int:
-        """Width of y: S · d."""
-        return self.mu.numel()
+        self.n_steps, self.channels = mu.shape
+        self.d_in = mu.numel()  # width of y: S · d
 
     # raw activations h <-> x, both (…, S, d)
     standardise = Predictors.standardise
@@ -121,13 +103,10 @@ class Coordinates(torch.nn.Module):
     def exchanged(self, x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """Trajectories made of the blocks y[s] of x (…, S, d), exchanged at random at every step.
 
-        A control: blocks are distributed as before, only how those of different steps go together
-        is lost.
+        A control: only how the blocks of different steps go together is lost.
         """
         y = self.residualize(x).unflatten(-1, x.shape[-2:]).flatten(0, -3)
-        orders = [torch.randperm(len(y), generator=generator) for _ in range(self.n_steps)]
-        mixed = torch.stack([y[order.to(y.device), s] for s, order in enumerate(orders)], dim=1)
-        return self.restore(mixed.flatten(1)).view_as(x)
+        return self.restore(shuffled_pairs(y, generator).flatten(1)).view_as(x)
 
     def gains(self) -> torch.Tensor:
         """RMS size at step t of a unit error in block s, sent back: Float[Tensor, "S S"].
@@ -161,8 +140,7 @@ def raw(predictors: Predictors) -> Coordinates:
 def residual(predictors: Predictors, block_exponent: float = 1.0) -> Coordinates:
     """What predictors leave over, y[s] = r[s] / rho[s]^a with a = `block_exponent`.
 
-    a = 1 gives every step the same weight in an SAE's loss, a = 0 leaves residuals as large as
-    they are. Predictors may be those of `predictors.fit`, `identity` or `mean_only`.
+    a = 1 gives every step the same weight in an SAE's loss, a = 0 leaves residuals as they are.
     """
     p = predictors
     return Coordinates(p.mu, p.scale, p.A, p.b, p.rho**block_exponent)
@@ -172,21 +150,19 @@ def whitened(predictors: Predictors, moments: Moments, floor: float = 1e-4) -> C
     """Residuals with unit covariance at every step, over the trajectories of `moments`.
 
     ‖y − ŷ‖² is then the Mahalanobis norm of a first-order Markov model of the trajectory. D[s] is
-    the symmetric inverse root; eigenvalues of the covariance below `floor` times their mean are
-    raised to it, so that directions in which nothing varies are not blown up.
+    the symmetric inverse root; eigenvalues of the covariance are at least `floor` times their mean,
+    so that directions in which nothing varies are not blown up.
     """
     p = predictors
-    covariance = residual_covariance(p, moments)
-    roots = torch.stack([_symmetric(C, floor)[0] for C in covariance])
+    roots = torch.stack([_symmetric(C, floor)[0] for C in residual_covariance(p, moments)])
     return Coordinates(p.mu, p.scale, p.A, p.b, roots.to(p.mu))
 
 
 def between(predictors: Predictors, gamma: float, block_exponent: float = 0.0) -> Coordinates:
     """Coordinates in which ‖y − ŷ‖² = (1−γ) ‖x − x̂‖² + γ Σ_s rho[s]^−2a ‖r[s] − r̂[s]‖².
 
-    γ = 0 is `raw`, γ = 1 is `residual` with the same block exponent a.
-
-    With w[s] = rho[s]^−2a, the matrix of this quadratic form is block tridiagonal,
+    γ = 0 is `raw`, γ = 1 is `residual` with the same a. With w[s] = rho[s]^−2a, the matrix of this
+    quadratic form is block tridiagonal,
 
         M[s, s] = (1−γ + γ w[s]) I + γ w[s+1] A[s+1] A[s+1]ᵀ,    M[s−1, s] = −γ w[s] A[s]
 

@@ -3,13 +3,11 @@
     x ──residualize──▶ y ──encode──▶ z ──decode──▶ ŷ ──restore──▶ x̂
 
 What is trained, what it is compared with and what is shared as a file are all of this kind. A coder
-has `d_in`, `n_latents`, `W_dec`, `encode`, `decode` and `sparse`; one that is as wide as a single
-step reads each step on its own, with the same weights.
+has `d_in`, `n_latents`, `W_dec`, `encode`, `decode` and `sparse`, as `SAE` has.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -22,7 +20,7 @@ from helpers.sae import SAE
 
 
 class Projection(torch.nn.Module):
-    """A dense linear coder of given rows V (m, d_in): z = y Vᵀ, y_hat = z V."""
+    """A dense linear coder of given rows V (m, d_in): z = y Vᵀ, of either sign, y_hat = z V."""
 
     sparse = False
 
@@ -32,11 +30,9 @@ class Projection(torch.nn.Module):
         self.register_buffer("W_dec", V)
 
     def encode(self, y: torch.Tensor) -> torch.Tensor:
-        """Codes (n, m) of inputs (n, d_in), positive and negative."""
         return y @ self.W_dec.T
 
     def decode(self, z: torch.Tensor) -> torch.Tensor:
-        """Reconstruction, (n, d_in), of codes (n, m)."""
         return z @ self.W_dec
 
 
@@ -58,12 +54,10 @@ class Dictionary(torch.nn.Module):
 
     @property
     def one_step(self) -> bool:
-        """Whether each step is coded on its own."""
         return self.coder.d_in < self.coordinates.d_in
 
     @property
     def n_latents(self) -> int:
-        """Width of the codes; one step at a time, S times the coder's."""
         return self.coder.n_latents * (self.coordinates.d_in // self.coder.d_in)
 
     @property
@@ -72,11 +66,7 @@ class Dictionary(torch.nn.Module):
         return not self.coder.sparse
 
     def codes(self, x: torch.Tensor) -> torch.Tensor:
-        """Standardised trajectories (…, S, d) -> codes (…, n_latents).
-
-        The coder may be of another precision (`dictionary.coder.to(torch.bfloat16)`); codes come
-        in that of x.
-        """
+        """Standardised trajectories (…, S, d) -> codes (…, n_latents), both in x's precision."""
         y = self.coordinates.residualize(x).reshape(-1, self.coder.d_in)
         z = self.coder.encode(y.to(self.coder.W_dec.dtype))
         return z.to(x.dtype).view(*x.shape[:-2], self.n_latents)
@@ -107,8 +97,7 @@ class Dictionary(torch.nn.Module):
     def calibrate(self, x: torch.Tensor) -> Dictionary:
         """Set a sparse coder's threshold for k on held-out x, (n, S, d); returns itself."""
         if self.coder.sparse:
-            y = self.coordinates.residualize(x).reshape(-1, self.coder.d_in)
-            self.coder.set_threshold(y)
+            self.coder.set_threshold(self.coordinates.residualize(x).reshape(-1, self.coder.d_in))
         return self
 
     def save(self, path: str | Path, record: dict | None = None) -> None:
@@ -137,29 +126,25 @@ class Dictionary(torch.nn.Module):
         return found.eval(), record
 
 
-def untrained(
-    coordinates: Coordinates, n_latents: int, k: float, seed: int = 0, name: str = "untrained"
-) -> Dictionary:
+def untrained(coordinates, n_latents: int, k: float, seed=0, name="untrained") -> Dictionary:
     """An SAE with its random initial weights, the floor for trained ones; `calibrate` it."""
     return Dictionary(name, coordinates, SAE(coordinates.d_in, n_latents, k, seed))
 
 
-def first_step(predictors: Predictors, name: str = "predictors alone") -> Dictionary:
+def first_step(predictors: Predictors, name="predictors alone") -> Dictionary:
     """The predictors alone: the first step as it is, every later one as predicted from it."""
     residual = _coordinates.residual(predictors)
     V = torch.eye(residual.d_in)[: residual.channels]
     return Dictionary(name, residual, Projection(V.to(residual.mu)))
 
 
-def neurons(predictors: Predictors, name: str = "neurons") -> Dictionary:
+def neurons(predictors: Predictors, name="neurons") -> Dictionary:
     """Single neurons: every channel at every step is a code."""
     raw = _coordinates.raw(predictors)
     return Dictionary(name, raw, Projection(torch.eye(raw.d_in).to(raw.mu)))
 
 
-def pca(
-    coordinates: Coordinates, trajectories: Iterable[torch.Tensor], k: int, name: str = "PCA"
-) -> Dictionary:
+def pca(coordinates: Coordinates, trajectories, k: int, name="PCA") -> Dictionary:
     """The k largest principal components of standardised trajectories, shards of (…, S, d)."""
     covariance = torch.zeros(coordinates.d_in, coordinates.d_in, dtype=torch.float64)
     for x in trajectories:

@@ -29,10 +29,7 @@ def in_units(value: float, unit: str = "B") -> str:
 
 
 def save_tensors(path: str | Path, tensors: dict[str, torch.Tensor], record: dict | None = None):
-    """Write tensors, a JSON-able `record` and the SHA-256 of both, as safetensors, atomically.
-
-    OSError if it cannot be written; what stood at `path` is then untouched.
-    """
+    """Write tensors, a JSON-able `record` and the SHA-256 of both, as safetensors, atomically."""
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     record = json.loads(json.dumps(record or {}))  # as it will come back
     written = record | {"sha256": _content(tensors, record)}
@@ -44,7 +41,7 @@ def save_tensors(path: str | Path, tensors: dict[str, torch.Tensor], record: dic
 def load_tensors(path: str | Path, names=None) -> tuple[dict[str, torch.Tensor], dict]:
     """Read what `save_tensors` wrote: tensors on the CPU, and the record.
 
-    All tensors are checked against the SHA-256 in the file; only some, those of `names`, are not.
+    All are checked against the SHA-256 in the file; some, those of `names`, are not.
     FileNotFoundError or ValueError names a file that is missing or damaged.
     """
     with _opened(path) as f:
@@ -92,7 +89,7 @@ def load_json(path: str | Path):
 
 
 def _replace(path: Path, write) -> None:
-    """Let `write(aside)` make the file, then rename it over `path`, untouched by a failure."""
+    """Let `write(aside)` make the file, then rename it over `path`, or leave that as it is."""
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder; move it, so that a file can be written there")
     # named at random: a process id may be another machine's, too

@@ -2,10 +2,8 @@
 
 A *hookpoint* is the dotted name of a module inside the denoiser (`pipe.unet`, `pipe.transformer`,
 or any `torch.nn.Module`), as `named_modules()` spells it: `up_blocks.1.attentions.1`. Its *signal*
-is the module's `output`, its `input`, or its `update`, output - input.
-
-Activations are handed over as (row, token, channel): image tokens alone, in reading order of an
-upright grid.
+is the module's `output`, its `input`, or its `update`, output - input. Activations are handed over
+as (row, token, channel): image tokens alone, in reading order of an upright grid.
 """
 
 from __future__ import annotations
@@ -17,15 +15,13 @@ from typing import NamedTuple
 import torch
 
 from helpers.checks import nearest, one_of, refuse
-from helpers.pipelines.calls import Call, CallReader, Reading
+from helpers.pipelines.calls import Call, CallReader
 
 SIGNALS = ("output", "input", "update")
 # names of modules through which only text goes
 TEXT_ONLY = r"context|caption|text_|txt_|add_[qkv]_proj|to_add_out|attn2\.to_[kv]"
 # the lists in which models keep their blocks
-BLOCKS = {"attentions", "resnets"} | {
-    f"{kind}transformer_blocks" for kind in ("", "joint_", "single_")
-}
+BLOCKS = ("attentions", "resnets", *(f"{k}transformer_blocks" for k in ("", "joint_", "single_")))
 
 
 class Tap(NamedTuple):
@@ -37,7 +33,6 @@ class Tap(NamedTuple):
 
     @classmethod
     def of(cls, value) -> Tap:
-        """A tap as it is; the name of a module as a tap on its output."""
         return cls(value) if isinstance(value, str) else cls(*value)
 
 
@@ -54,10 +49,8 @@ def usual(denoiser: torch.nn.Module) -> list[str]:
     """Where one would usually listen: the members of the denoiser's lists of blocks."""
     names = [name.split(".") for name, _ in denoiser.named_modules()]
     listed = [n for n in names if n[-1].isdigit() and len(n) <= 4]
-    # members of known lists, but not the blocks within transformer blocks
-    known = [
-        n for n in listed if len(n) > 1 and n[-2] in BLOCKS and "transformer_blocks" not in n[:-2]
-    ]
+    known = [n for n in listed if len(n) > 1 and n[-2] in BLOCKS]
+    known = [n for n in known if "transformer_blocks" not in n[:-2]]  # not the blocks within blocks
     return [".".join(n) for n in known or listed]
 
 
@@ -65,20 +58,13 @@ def usual(denoiser: torch.nn.Module) -> list[str]:
 def listen(denoiser, scheduler, tap, on_call, *, n_images=None, skip_unfit=False):
     """While the context lasts, call `on_call(activation, call)` each time the tap's module runs.
 
-    Hooks are removed when the context ends, whatever ended it. Raises ValueError for a hookpoint
-    that does not exist or holds no grid of tokens, for a compiled model, under which hooks do not
-    run, and for timesteps that do not say which step is running.
-
-    Parameters
-    ----------
-    scheduler : a diffusers scheduler, or the timesteps of a sampling loop, noisiest first
-    tap : Tap, or the name of a module; all branches are heard
-    on_call : function
-        Takes the activation, Float[Tensor, "row token channel"], and a `Call`. A tensor that it
-        returns, of the same shape, takes the activation's place (for `update`, the module's output
-        becomes its input + that tensor).
-    n_images : images in the batch, to tell two branches from a plain batch; None: as many as rows
-    skip_unfit : pass over a module without a grid of tokens, instead of raising ValueError
+    `activation` is Float[Tensor, "row token channel"]. A tensor that `on_call` returns, of the same
+    shape, takes its place (for `update`, the module's output becomes its input + that tensor).
+    `scheduler` is one of diffusers', or the timesteps of a sampling loop, noisiest first; all
+    branches are heard. `n_images` in the batch tells two branches from a plain batch; None: as many
+    as rows. Hooks are removed when the context ends, whatever ended it. ValueError for a hookpoint
+    that does not exist or (unless `skip_unfit`) holds no grid of tokens, for timesteps that do not
+    say which step is running, and for a compiled model, under which hooks do not run.
     """
     tap = Tap.of(tap)
     one_of("signal", tap.signal, SIGNALS)
@@ -99,11 +85,9 @@ def listen(denoiser, scheduler, tap, on_call, *, n_images=None, skip_unfit=False
             handle.remove()
 
 
-def rows_of(tokens: torch.Tensor, call: Call, branch: str) -> torch.Tensor | None:
-    """One branch's rows, in the order of the images; None if this call does not run the branch."""
-    if branch not in call.branches:
-        return None
-    return tokens.chunk(len(call.branches))[call.branches.index(branch)]
+def by_branch(tokens: torch.Tensor, call: Call) -> dict[str, torch.Tensor]:
+    """Rows of each branch of guidance that the call runs, in the order of the images."""
+    return dict(zip(call.branches, tokens.chunk(len(call.branches))))
 
 
 def _is_compiled(module: torch.nn.Module) -> bool:
@@ -119,9 +103,9 @@ class _Listener:
 
     def __init__(self, module, tap: Tap, on_call, calls: CallReader, skip_unfit: bool):
         self.tap, self.on_call, self.calls, self.skip_unfit = tap, on_call, calls, skip_unfit
+        only_text = re.search(TEXT_ONLY, tap.hookpoint) is not None
         # a group norm's three axes are (row, channel, token)
-        self.only_grids = bool(re.search(TEXT_ONLY, tap.hookpoint))
-        self.only_grids |= isinstance(module, torch.nn.GroupNorm)
+        self.only_grids = only_text or isinstance(module, torch.nn.GroupNorm)
         kind = type(module).__name__
         # attentions and CogView's blocks return (image, text), other blocks (text, image)
         self.image_first = "Attention" in kind or kind.startswith("CogView")
@@ -138,7 +122,7 @@ class _Listener:
         if self.tap.signal == "update":
             self.entered = part.tokens().clone()  # the module may write over its input
             return None
-        edited = self.on_call(part.tokens(), self.calls.now.at(part.grid))
+        edited = self.on_call(part.tokens(), self.calls.now._replace(grid=part.grid))
         if edited is None:
             return None
         new = part.put(edited)
@@ -154,15 +138,14 @@ class _Listener:
         part = self._part(output)
         if part is None:
             return self._unfit(output)
-        tokens = part.tokens()
-        if self.tap.signal == "output":
-            edited = self.on_call(tokens, self.calls.now.at(part.grid))
-        elif entered is None or entered.shape != tokens.shape:
-            return self._unfit(output)
-        else:
-            edited = self.on_call(tokens - entered, self.calls.now.at(part.grid))
-            edited = None if edited is None else entered + edited
-        return None if edited is None else part.put(edited)
+        heard, update = part.tokens(), self.tap.signal == "update"
+        if update:
+            if entered is None or entered.shape != heard.shape:
+                return self._unfit(output)
+            heard = heard - entered
+        edited = self.on_call(heard, self.calls.now._replace(grid=part.grid))
+        if edited is not None:
+            return part.put(entered + edited if update else edited)
 
     def _part(self, value) -> _Part | None:
         """The image within a tensor, a tuple or a dict of tensors."""
@@ -197,7 +180,7 @@ def _image_argument(args, kwargs):
 class _Part(NamedTuple):
     """The image within what a module is given or returns."""
 
-    value: object  # all that the module is given or returns
+    value: object  # all of it
     position: int | None  # of the tensor within it; None if it is the tensor
     tensor: torch.Tensor  # (row, channel, height, width) or (row, token, channel)
     grid: tuple[int, int]
@@ -222,9 +205,9 @@ class _Part(NamedTuple):
         return kind(**dict(zip(self.value, entries))) if named else kind(entries)
 
 
-def _grid_in(tensor: torch.Tensor, reading: Reading) -> tuple[tuple[int, int], int] | None:
+def _grid_in(tensor: torch.Tensor, call: Call) -> tuple[tuple[int, int], int] | None:
     """Rows and columns of a tensor's image tokens, and how many text tokens stand before them."""
-    latents, exact, text = reading.inputs.latents, reading.inputs.grid, reading.inputs.text
+    latents, exact, text = call.latents, call.grid, call.text
     if tensor.ndim == 4 and len(tensor) == len(latents):
         grid = tuple(tensor.shape[2:])
         fits = not exact or grid in (exact, tuple(latents.shape[2:]))

@@ -1,7 +1,6 @@
 """One pass over trajectories: the sums from which means, scales and every regression follow.
 
-Memory grows with channels squared, whatever the number of trajectories; sums of parts add up, so
-several processes can share the work.
+Memory grows with channels squared, whatever the number of trajectories, and sums of parts add up.
 """
 
 from __future__ import annotations
@@ -18,9 +17,9 @@ from helpers.files import load_tensors, save_tensors
 
 @dataclass
 class Moments:
-    """Sums over trajectories, float64, of activations h less a `shift`.
+    """Sums over trajectories, float64, of activations h less a `shift`, the same where they add up.
 
-    The shift keeps large means from eating the precision; moments that are added up must share it.
+    The shift keeps large means from eating the precision.
     """
 
     shift: torch.Tensor  # (S, d)
@@ -31,7 +30,6 @@ class Moments:
 
     @staticmethod
     def none(shift: torch.Tensor) -> Moments:
-        """Those of no trajectories at all."""
         square = shift.new_zeros(*shift.shape, shift.shape[1])
         return Moments(shift, 0, torch.zeros_like(shift), square, square.clone())
 
@@ -43,10 +41,8 @@ class Moments:
 
     def summed(self, accelerator) -> Moments:
         """These sums over an `accelerate.Accelerator`'s processes, which must share one shift."""
-        parts = (
-            torch.as_tensor(getattr(self, f.name)).to(accelerator.device) for f in fields(self)[1:]
-        )
-        count, *sums = (accelerator.reduce(part, "sum").cpu() for part in parts)
+        sums = (torch.as_tensor(getattr(self, f.name)) for f in fields(self)[1:])
+        count, *sums = (accelerator.reduce(v.to(accelerator.device), "sum").cpu() for v in sums)
         return Moments(self.shift, int(count), *sums)
 
     def save(self, path: str | Path, record: dict | None = None) -> None:
@@ -65,29 +61,24 @@ class Moments:
             ) from None
 
 
-def accumulate(
-    shards: Iterable[torch.Tensor], shift: torch.Tensor | None = None, device="cpu"
-) -> Moments:
+def accumulate(shards: Iterable[torch.Tensor], shift=None, device="cpu") -> Moments:
     """Moments of raw activations, each shard Float[Tensor, "image step token channel"].
 
-    Sums are float64, on the CPU where the device has none (MPS), and come back on the CPU. Where no
-    `shift` is given, it is the first shard's mean. ValueError for a value that is not finite.
+    Sums are float64, on the CPU where the device has none (MPS), and come back on the CPU. Without
+    `shift` (S, d), the first shard's mean serves. ValueError for values that are not finite.
     """
     device = "cpu" if str(device).startswith("mps") else device
     moments: Moments | None = None
     waiting: list[torch.Tensor] = []
     for shard in shards:
-        h = shard.permute(1, 0, 2, 3).to(
-            device, torch.float64, copy=True, memory_format=torch.contiguous_format
-        )
-        h = h.flatten(1, 2)  # step, trajectory, channel
+        whole = {"copy": True, "memory_format": torch.contiguous_format}
+        h = shard.permute(1, 0, 2, 3).to(device, torch.float64, **whole).flatten(1, 2)
         if moments is None:
             moments = Moments.none(h.mean(1) if shift is None else shift.to(device))
         waiting.append(h)
         # adding (d, d) up is work like a product with d rows, so small shards are joined
         if sum(w.shape[1] for w in waiting) >= min(h.shape[2], 4096):
-            moments = moments + _sums(waiting, moments.shift)
-            waiting = []
+            moments, waiting = moments + _sums(waiting, moments.shift), []
     if moments is None:
         raise ValueError("there are no trajectories to sum; give the split at least one prompt")
     if waiting:
@@ -104,23 +95,18 @@ def _sums(parts: list[torch.Tensor], shift: torch.Tensor) -> Moments:
         raise ValueError(
             "the activations hold NaN or infinity; collect them with store_dtype 'float32'"
         )
-    cross = h.new_zeros(len(h), h.shape[2], h.shape[2])
-    cross[1:] = h[:-1].transpose(1, 2) @ h[1:]
-    return Moments(shift, h.shape[1], total, _squares(h), cross)
-
-
-def _squares(h: torch.Tensor) -> torch.Tensor:
-    """hᵀh of each step, (S, n, d) -> (S, d, d)."""
-    if h.device.type != "cpu":
-        return h.transpose(1, 2) @ h
-    # NumPy knows that a product with itself is half the work
-    return torch.from_numpy(np.stack([x.T @ x for x in h.numpy()]))
+    if h.device.type == "cpu":  # NumPy knows that a product with itself is half the work
+        square = torch.from_numpy(np.stack([x.T @ x for x in h.numpy()]))
+    else:
+        square = h.mT @ h
+    cross = torch.zeros_like(square)
+    cross[1:] = h[:-1].mT @ h[1:]
+    return Moments(shift, h.shape[1], total, square, cross)
 
 
 def cached(path: str | Path, made_from: dict, make: Callable[[], Moments]) -> Moments:
     """The moments in `path` if it was `made_from` the same, else those of `make`, saved there."""
-    path = Path(path)
-    if path.exists():
+    if Path(path).exists():
         moments, record = Moments.load(path)
         if record == made_from:
             return moments
@@ -129,12 +115,6 @@ def cached(path: str | Path, made_from: dict, make: Callable[[], Moments]) -> Mo
     return moments
 
 
-def accumulate_once(
-    path: str | Path,
-    made_from: dict,
-    shards: Iterable[torch.Tensor],
-    shift: torch.Tensor | None = None,
-    device="cpu",
-) -> Moments:
+def accumulate_once(path, made_from: dict, shards, shift=None, device="cpu") -> Moments:
     """`accumulate`, kept in `path`; `shards` are left unread where it was `made_from` the same."""
     return cached(path, made_from, lambda: accumulate(shards, shift, device))

@@ -1,14 +1,12 @@
 """Linear predictors between neighbouring kept steps: ridge regression of x[s] on x[s-1].
 
 What they leave over is the residual r[s] = x[s] - (x[s-1] A[s] + b[s]) of Residualized Temporal
-SAEs (arXiv:2605.27813), which `helpers.coordinates` computes and takes back. Everything is fitted
-from the sums of `helpers.moments`.
+SAEs (arXiv:2605.27813). Everything is fitted from the sums of `helpers.moments`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
@@ -27,26 +25,18 @@ STRENGTHS = tuple(10.0 ** np.arange(-6, 1.5, 0.5))
 
 @dataclass
 class Predictors:
-    """Standardisation, predictors and residual sizes; S kept steps, d channels.
+    """Standardisation, predictors and residual sizes of S kept steps and d channels.
 
-    Attributes
-    ----------
-    mu : Float[Tensor, "S d"]; scale : Float[Tensor, "S"]
-        Per-step mean, and RMS of the centred activation: x[s] = (h[s] - mu[s]) / scale[s].
-    A : Float[Tensor, "S d d"]; b : Float[Tensor, "S d"]
-        Predictor x[s-1] -> x[s]; A[0] and b[0] are zero, since nothing precedes the first step.
-    rho : Float[Tensor, "S"]
-        RMS of r[s] per channel, on the training images.
-    strength : Float[Tensor, "S"]
-        Ridge strength of each step, relative to the mean eigenvalue; [0] is unused.
+    x[s] = (h[s] - mu[s]) / scale[s], and x[s-1] A[s] + b[s] predicts it. Nothing precedes the first
+    step: A[0] and b[0] are zero, strength[0] is unused.
     """
 
-    mu: torch.Tensor
-    scale: torch.Tensor
-    A: torch.Tensor
-    b: torch.Tensor
-    rho: torch.Tensor
-    strength: torch.Tensor
+    mu: torch.Tensor  # (S, d): mean
+    scale: torch.Tensor  # (S,): RMS of the centred activation
+    A: torch.Tensor  # (S, d, d)
+    b: torch.Tensor  # (S, d)
+    rho: torch.Tensor  # (S,): RMS of r[s] per channel, on the training images
+    strength: torch.Tensor  # (S,): of the ridge, relative to the mean eigenvalue
 
     @property
     def n_steps(self) -> int:
@@ -80,12 +70,7 @@ class Predictors:
             ) from None
 
 
-def fit(
-    train: Moments,
-    validation: Moments,
-    strengths: Iterable[float] = STRENGTHS,
-    dtype: torch.dtype = torch.float32,
-) -> Predictors:
+def fit(train: Moments, validation: Moments, strengths=STRENGTHS, dtype=torch.float32):
     """Ridge regression between neighbouring steps, each at the strength best on held-out images.
 
     Solves (XᵀX + strength · tr(XᵀX)/d · I) A = XᵀY in float64 on standardised activations. The
@@ -94,18 +79,17 @@ def fit(
     vanish, rho is measured on the held-out images. ValueError names a step that never varies, is
     predicted without error, or whose predictor is not determined.
     """
-    strengths = _checked(strengths)
+    strengths = list(strengths)
+    if not strengths or not all(isinstance(v, Real) and 0 <= v < math.inf for v in strengths):
+        refuse("ridge_strengths", strengths, "one or more numbers of at least 0")
     if not train.count or not validation.count:
         raise ValueError("there are no trajectories in one of the splits; give both some prompts")
     mu, scale = _standardisation(train)
     seen, held = _products(train, mu, scale), _products(validation, mu, scale)
-    S, d = mu.shape
-    A, chosen, rho = mu.new_zeros(S, d, d), mu.new_zeros(S), mu.new_ones(S)
-    for s in range(1, S):
+    A, chosen = torch.zeros_like(seen.cross), torch.zeros_like(scale)
+    for s in range(1, len(A)):
         A[s], chosen[s] = _ridge(seen, held, s, strengths)
-        mse, held_mse = seen.error(A[s], s) / seen.count, held.error(A[s], s) / held.count
-        rho[s] = ((mse if mse > 1e-4 * held_mse else held_mse) / d).clamp(min=0).sqrt()
-    return _predictors(mu, scale, A, rho, chosen, dtype)
+    return _predictors(mu, scale, A, chosen, seen, held, dtype)
 
 
 def identity(train: Moments, dtype: torch.dtype = torch.float32) -> Predictors:
@@ -120,13 +104,9 @@ def mean_only(train: Moments, dtype: torch.dtype = torch.float32) -> Predictors:
 
 
 def explained(predictors: Predictors, moments: Moments) -> np.ndarray:
-    """Share of each step's variance that the step before explains, float64, (S-1,).
-
-    Over the trajectories summed in `moments`, around the mean `mu` of the training images.
-    """
-    mu, scale, A, b = (
-        v.cpu().double() for v in (predictors.mu, predictors.scale, predictors.A, predictors.b)
-    )
+    """Share of each step's variance around `mu` that the step before explains, float64, (S-1,)."""
+    p = predictors
+    mu, scale, A, b = (v.cpu().double() for v in (p.mu, p.scale, p.A, p.b))
     m, shares = _products(moments, mu, scale), []
     for s in range(1, len(A)):
         constant = m.count * b[s] @ b[s] - 2 * b[s] @ (m.total[s] - m.total[s - 1] @ A[s])
@@ -152,10 +132,7 @@ def residual_covariance(predictors: Predictors, moments: Moments) -> torch.Tenso
 
 
 def shuffled_pairs(h: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Trajectories (n, S, d) with each step's activations in a random order of its own.
-
-    A control: each step is distributed as before, only what it has to do with the others is lost.
-    """
+    """A control: trajectories (n, S, d), each step's activations in a random order of its own."""
     orders = [torch.randperm(len(h), generator=generator) for _ in range(h.shape[1])]
     return torch.stack([h[order, s] for s, order in enumerate(orders)], dim=1)
 
@@ -178,11 +155,8 @@ def _products(m: Moments, mu: torch.Tensor, scale: torch.Tensor) -> _Products:
     """Sums of products of x = (h - mu) / scale, from those of h."""
     off = mu - m.shift
 
-    def centre(product, left_total, right_total, left_off, right_off):
-        mixed = (
-            left_off[:, :, None] * right_total[:, None]
-            + left_total[:, :, None] * right_off[:, None]
-        )
+    def centre(product, left, right, left_off, right_off):
+        mixed = left_off[:, :, None] * right[:, None] + left[:, :, None] * right_off[:, None]
         return product - mixed + m.count * left_off[:, :, None] * right_off[:, None]
 
     square = centre(m.square, m.total, m.total, off, off) / scale[:, None, None] ** 2
@@ -197,8 +171,7 @@ def _standardisation(train: Moments) -> tuple[torch.Tensor, torch.Tensor]:
     mean = train.total / train.count
     variance = torch.diagonal(train.square, dim1=1, dim2=2) / train.count - mean**2
     scale = variance.clamp(min=0).mean(1).sqrt()
-    if (scale == 0).any():
-        s = int((scale == 0).nonzero()[0])
+    for s in (scale == 0).nonzero().flatten().tolist():
         raise ValueError(f"kept step number {s} never varies; choose another hookpoint or steps")
     return train.shift + mean, scale
 
@@ -222,26 +195,19 @@ def _ridge(seen: _Products, held: _Products, s: int, strengths) -> tuple[torch.T
 def _given(train: Moments, A: torch.Tensor, dtype: torch.dtype) -> Predictors:
     """Predictors with the same A (d, d) at every step, and rho as measured."""
     mu, scale = _standardisation(train)
-    seen, (S, d) = _products(train, mu, scale), mu.shape
-    A = torch.stack([torch.zeros_like(A), *[A] * (S - 1)])
-    rho = mu.new_ones(S)
-    for s in range(1, S):
-        rho[s] = (seen.error(A[s], s) / seen.count / d).clamp(min=0).sqrt()
-    return _predictors(mu, scale, A, rho, mu.new_zeros(S), dtype)
+    seen = _products(train, mu, scale)
+    A = torch.stack([torch.zeros_like(A), *[A] * (len(mu) - 1)])
+    return _predictors(mu, scale, A, torch.zeros_like(scale), seen, seen, dtype)
 
 
-def _predictors(mu, scale, A, rho, strength, dtype) -> Predictors:
-    if (rho == 0).any():
-        s = int((rho == 0).nonzero()[0])
+def _predictors(mu, scale, A, strength, seen, held, dtype) -> Predictors:
+    """Predictors with rho as measured, on `held` where A fits what it has `seen` all too well."""
+    rho = torch.ones_like(scale)
+    for s in range(1, len(rho)):
+        mse, held_mse = seen.error(A[s], s) / seen.count, held.error(A[s], s) / held.count
+        rho[s] = ((mse if mse > 1e-4 * held_mse else held_mse) / len(A[s])).clamp(min=0).sqrt()
+    for s in (rho == 0).nonzero().flatten().tolist():
         raise ValueError(
             f"steps: kept step number {s} is predicted without error; leave it out or add images"
         )
     return Predictors(*(v.to(dtype) for v in (mu, scale, A, torch.zeros_like(mu), rho, strength)))
-
-
-def _checked(strengths) -> tuple[float, ...]:
-    strengths = tuple(strengths)
-    for strength in strengths:
-        if not isinstance(strength, Real) or not 0 <= strength < math.inf:
-            refuse("ridge_strengths", list(strengths), "numbers of at least 0")
-    return strengths or refuse("ridge_strengths", [], "at least one number of at least 0")

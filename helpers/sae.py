@@ -1,9 +1,8 @@
 """A sparse autoencoder with BatchTopK codes: the model; `helpers.training` trains it.
 
 In training the k · batch largest codes of a whole batch are kept (BatchTopK, Bussmann et al. 2024,
-arXiv:2412.06410). At inference a threshold takes their place, so that a code never depends on what
-else is in its batch: a JumpReLU (Rajamanoharan et al. 2024, arXiv:2407.14435) with one threshold
-per latent.
+arXiv:2412.06410). At inference each latent has a threshold instead (JumpReLU, Rajamanoharan et al.
+2024, arXiv:2407.14435), so that a code never depends on what else is in its batch.
 """
 
 from __future__ import annotations
@@ -53,10 +52,10 @@ class SAE(torch.nn.Module):
 
     @torch.no_grad()
     def set_threshold(self, y: torch.Tensor) -> SAE:
-        """Set all thresholds to the one that leaves k active latents on average; returns the SAE.
+        """Set all thresholds to the one that leaves k active latents on average on y (n, d_in).
 
-        `y`, (n, d_in), should not have been trained on: the threshold learnt in training admits
-        more than k latents on unseen images. ValueError for NaN or infinity in it.
+        `y` should not have been trained on: the threshold learnt in training admits more than k
+        latents on unseen images. ValueError for NaN or infinity in it.
         """
         if not torch.isfinite(y).all():
             raise ValueError("y holds NaN or infinity; collect the activations again")

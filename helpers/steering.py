@@ -6,8 +6,8 @@
 
 RMS(h[s]) is the root mean squared norm of centred tokens at that step (`scale[s]` · √channels). û
 is a feature trajectory in standardised units, divided once by its root mean squared norm over the
-kept steps: it keeps its profile over time, so that a late feature stays late. Between kept steps
-directions are interpolated linearly in the step index; outside them the nearest kept step's serves.
+kept steps, so that a late feature stays late. Between kept steps directions are interpolated
+linearly in the step index; outside them the nearest kept step's serves.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 
 from helpers.checks import one_of, refuse
 from helpers.coordinates import Coordinates
-from helpers.hooks import Tap, listen
+from helpers.hooks import Tap, by_branch, listen
 from helpers.pipelines.calls import BRANCHES
 from helpers.pipelines.generate import generate
 from helpers.pipelines.loading import denoiser_of
@@ -66,17 +66,13 @@ def at_every_step(values: torch.Tensor, steps, num_inference_steps: int) -> torc
     return values[low] * (1 - share) + values[high] * share
 
 
-def addition(
-    u, coordinates: Coordinates, steps, num_inference_steps: int, strength: float
-) -> torch.Tensor:
+def addition(u, coordinates: Coordinates, steps, num_inference_steps: int, strength: float):
     """What to add at every denoising step, (step, d), raw units, for u (S, d) of any length."""
     size = coordinates.scale.to(u) * u.shape[-1] ** 0.5  # RMS norm of centred tokens
     return at_every_step(strength * size[:, None] * unit(u), steps, num_inference_steps)
 
 
-def scaling(
-    codes: torch.Tensor, u, coordinates: Coordinates, steps, num_inference_steps: int, factor: float
-) -> torch.Tensor:
+def scaling(codes, u, coordinates: Coordinates, steps, num_inference_steps: int, factor: float):
     """What multiplies features that images already have: factor 0 removes them, 2 doubles them.
 
     Second of two passes with the same seeds: the first recorded the images and gave `codes`,
@@ -93,14 +89,9 @@ def scaling(
 def steer(pipe, prompts, seeds, tap, delta: torch.Tensor, *, mask=None, **settings) -> np.ndarray:
     """Generate images while adding `delta` to what a tap hears.
 
-    Parameters
-    ----------
-    delta : Float[Tensor, "step channel"] or Float[Tensor, "step image token channel"]
-        What to add at each of the num_inference_steps, raw units; see `addition` and `scaling`.
-        A length of 1 serves all images or tokens.
-    mask : Float[Tensor, "token"] or Float[Tensor, "image token"], optional
-        Weight per token, 0 to 1.
-    settings : window, branch, batch_size, and arguments of the pipeline; see `edit`
+    delta: (step, channel) or (step, image, token, channel), for all the num_inference_steps, in raw
+    units, see `addition` and `scaling`; a length of 1 serves all images or tokens. mask: weights
+    from 0 to 1, (token,) or (image, token). The rest is as in `edit`.
     """
     delta = _at_steps("delta", delta[:, None, None] if delta.ndim == 2 else delta, settings)
     delta = delta.expand(-1, len(prompts), -1, -1)
@@ -116,21 +107,13 @@ def project_out(
 ) -> np.ndarray:
     """Generate images while taking a direction's component, seen from `centre`, out of a tap.
 
-    Parameters
-    ----------
-    direction, centre : Float[Tensor, "step channel"] or Float[Tensor, "step image channel"]
-        At each of the num_inference_steps, raw units; directions of any length.
-    amount : float
-        1 leaves every token where `centre` is along the direction, 2 at its mirror image.
-    mask, settings : as for `steer`
+    direction, centre: (step, channel) or (step, image, channel), for all the num_inference_steps,
+    in raw units; directions of any length. amount: 1 leaves every token where `centre` is along the
+    direction, 2 at its mirror image. The rest is as in `steer`.
     """
-    v, c = (
-        (x if x.ndim == 3 else x[:, None]).expand(-1, len(prompts), -1)[:, :, None]
-        for x in (
-            _at_steps("direction", direction, settings),
-            _at_steps("centre", centre, settings),
-        )
-    )
+    given = _at_steps("direction", direction, settings), _at_steps("centre", centre, settings)
+    given = (x if x.ndim == 3 else x[:, None] for x in given)
+    v, c = (x.expand(-1, len(prompts), -1)[:, :, None] for x in given)
     v = torch.nn.functional.normalize(v, dim=-1)
 
     def project(rows, step, images):
@@ -141,19 +124,12 @@ def project_out(
     return edit(pipe, prompts, seeds, tap, project, **settings)
 
 
-def replace(
-    pipe, prompts, seeds, tap, replacement, steps, *, between=False, **settings
-) -> np.ndarray:
+def replace(pipe, prompts, seeds, tap, replacement, steps, **settings) -> np.ndarray:
     """Generate images with a tap's activations replaced, by (image, step, token, channel).
 
-    In raw units, one entry per kept step, in the order of `steps`; `between` replaces at every
-    denoising step, interpolating linearly. Settings as for `steer`.
+    In raw units, one entry per kept step, in the order of `steps`; settings as in `edit`.
     """
-    values = replacement.transpose(0, 1)  # (step, image, token, channel)
-    if between:
-        values = at_every_step(values, steps, settings["num_inference_steps"])
-        steps = range(len(values))
-    of_step = dict(zip(steps, values))
+    of_step = dict(zip(steps, replacement.transpose(0, 1)))
 
     def put(rows, step, images):
         return of_step[step][images] if step in of_step else None
@@ -164,42 +140,30 @@ def replace(
 def edit(
     pipe, prompts, seeds, tap, change, *, window=None, branch=None, batch_size=None, **sampling
 ) -> np.ndarray:
-    """Generate images while `change` edits what a tap hears.
+    """Generate images, as `generate` does, while `change` edits what a tap hears.
 
-    Parameters
-    ----------
-    tap : Tap, or the name of a module
-    change : function
-        Takes the rows of one branch, Float[Tensor, "image token channel"], the denoising step, and
-        which of the images they are (a slice). Returns new rows, or None to leave them.
-    window : (first, last) denoising step, both included; None for all
-    branch : 'conditional', 'unconditional' or 'both' of classifier-free guidance; None: the tap's
-    batch_size : images made at once; None for all
-    sampling : arguments of the pipeline's call; see `helpers.pipelines.generate.generate`
-
-    Returns
-    -------
-    images : float32, (image, height, width, 3), in [0, 1]
+    `change` takes the rows of one branch, Float[Tensor, "image token channel"], the denoising step,
+    and which of the images they are (a slice); it returns new rows, or None to leave them. `window`
+    is the (first, last) step, both included, None for all; `branch` is 'conditional',
+    'unconditional' or 'both' of classifier-free guidance, None for the tap's; `batch_size` images
+    are made at once, None for all. `sampling` are arguments of the pipeline's call.
     """
     tap, n = Tap.of(tap), len(prompts)
     branch = one_of("branch", branch or tap.branch, (*BRANCHES, "both"))
     chosen = BRANCHES if branch == "both" else (branch,)
     n_steps = sampling["num_inference_steps"]
     first, last = check_window((0, n_steps - 1) if window is None else window, n_steps)
-    batches = [slice(i, i + (batch_size or n)) for i in range(0, n, batch_size or n)]
-    made, run = [], set()
-    for images in batches:
+    size, made, run = batch_size or n, [], set()
+    for images in (slice(i, i + size) for i in range(0, n, size)):
 
         def on_call(tokens, call, images=images):
             run.update(call.branches)
             if not first <= call.step <= last:
                 return None
-            rows = dict(zip(call.branches, tokens.chunk(len(call.branches))))
+            rows = by_branch(tokens, call)
             new = {name: change(rows[name], call.step, images) for name in chosen if name in rows}
             edited = {name: value.to(tokens) for name, value in new.items() if value is not None}
-            if not edited:
-                return None
-            return torch.cat([edited.get(name, value) for name, value in rows.items()])
+            return torch.cat([*(rows | edited).values()]) if edited else None
 
         n_images = len(prompts[images])
         with listen(denoiser_of(pipe), pipe.scheduler, tap, on_call, n_images=n_images):

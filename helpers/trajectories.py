@@ -1,21 +1,20 @@
 """Recording trajectories: what modules of a model compute at some of the denoising steps.
 
-One trajectory is one image token's activation over the recorded steps, raw and unscaled, so that
-standardising remains a later choice. A `Recorder` works under any sampling loop, `record` under a
-diffusers pipeline, `helpers.store.collect` for many prompts.
+A trajectory is one image token's activation over the recorded steps, raw. A `Recorder` works under
+any sampling loop, `record` under a diffusers pipeline, `helpers.store.collect` for many prompts.
 """
 
 from __future__ import annotations
 
 import functools
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 import numpy as np
 import torch
 
 from helpers.checks import in_range, one_of, refuse
-from helpers.hooks import Tap, listen, rows_of, usual
-from helpers.pipelines.calls import BRANCHES, numbered, timesteps_of
+from helpers.hooks import Tap, by_branch, listen, usual
+from helpers.pipelines.calls import BRANCHES, numbered
 from helpers.pipelines.generate import generate
 from helpers.pipelines.loading import denoiser_of
 
@@ -36,8 +35,7 @@ def kept_steps(steps, num_inference_steps: int, n_keep: int) -> list[int]:
 class Recorder:
     """While its context lasts, keeps one tap's activations at some steps, under any sampling loop.
 
-    `scheduler`, `tap` and `n_images` are as in `listen`; `tokens`, Int[Tensor, "image kept"], says
-    which tokens of each image to keep.
+    Arguments are as in `listen`; `tokens`, Int[Tensor, "image kept"], says which to keep.
     """
 
     def __init__(self, denoiser, scheduler, tap, steps, *, n_images=None, tokens=None):
@@ -58,21 +56,21 @@ class Recorder:
 
     def _keep(self, activation, call):
         self.branches_run.update(call.branches)
-        rows = rows_of(activation, call, self.tap.branch)
+        rows = by_branch(activation, call).get(self.tap.branch)
         if rows is None or call.step not in self.steps:
             return
         self.grid = call.grid
         if self.tokens is not None:
-            at = self.tokens.to(rows.device)[..., None].expand(-1, -1, rows.shape[-1])
-            rows = rows.gather(1, at)
-        # a second evaluation of the step takes the place of the first: the solver goes on from it
+            kept = self.tokens.to(rows.device)[..., None]
+            rows = rows.gather(1, kept.expand(-1, -1, rows.shape[-1]))
+        # a second evaluation of the step takes the first one's place: the solver goes on from it
         self.recorded[call.step] = _to_host(rows)
         self.devices.add(rows.device)
 
     def trajectories(self) -> torch.Tensor:
         """Float[Tensor, "image step token channel"]: raw, on the CPU, in the model's dtype.
 
-        Raises ValueError if the hookpoint, the branch or some of the steps were never run.
+        ValueError if the hookpoint, the branch or some of the steps were never run.
         """
         if not self.branches_run:
             refuse("hookpoint", self.tap.hookpoint, "a module that the model calls as it samples")
@@ -80,12 +78,15 @@ class Recorder:
             run = " or ".join(sorted(self.branches_run))
             refuse("branch", self.tap.branch, f"{run}, which this pipeline runs at these settings")
         if missing := [step for step in self.steps if step not in self.recorded]:
-            last = len(timesteps_of(self.scheduler)) - 1
+            last = int(numbered(self.scheduler)[1].max())
             refuse("steps", missing, f"steps that the sampler runs, of 0 to {last}")
         for device in self.devices:
             if device.type == "cuda":
                 torch.cuda.synchronize(device)  # until here copies run beside the computation
         return torch.stack([self.recorded[step] for step in self.steps], dim=1)
+
+
+_stream = functools.cache(torch.cuda.Stream)  # of a device, for copies
 
 
 def _to_host(t: torch.Tensor) -> torch.Tensor:
@@ -94,16 +95,11 @@ def _to_host(t: torch.Tensor) -> torch.Tensor:
         return t.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
     # a copy on the device first: the next module may write over t
     t = t.detach().clone(memory_format=torch.contiguous_format)
-    stream = _copying(t.device)
+    stream = _stream(t.device)
     stream.wait_stream(torch.cuda.current_stream(t.device))
     t.record_stream(stream)  # its memory is not used again before it is copied
     with torch.cuda.stream(stream):
         return torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True)
-
-
-@functools.cache
-def _copying(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
 
 
 def times_of(scheduler, steps) -> dict:
@@ -130,11 +126,8 @@ def times_of(scheduler, steps) -> dict:
 def record(pipe, prompts, seeds, tap, steps, **sampling) -> tuple[np.ndarray, torch.Tensor, dict]:
     """Generate one batch and keep one tap's activations at some steps.
 
-    Returns
-    -------
-    images : float32, (image, height, width, 3), in [0, 1]
-    h : Float[Tensor, "image step token channel"], raw, on the CPU, in the model's dtype
-    where : `grid` (token rows, columns), `timesteps` and `sigmas` of the steps
+    Gives images, float32 (image, height, width, 3) in [0, 1]; `Recorder.trajectories`; and a dict
+    of `grid` (token rows, columns) and the steps' `timesteps` and `sigmas`.
     """
     images, (h,), (where,) = record_all(pipe, prompts, seeds, [tap], steps, **sampling)
     return images, h, where
@@ -146,11 +139,10 @@ def record_all(pipe, prompts, seeds, taps, steps, tokens=None, **sampling):
     `tokens` is a list as long as `taps` of what a `Recorder` takes.
     """
     make = functools.partial(Recorder, denoiser_of(pipe), pipe.scheduler, n_images=len(prompts))
+    recorders = [make(t, steps, tokens=kept) for t, kept in zip(taps, tokens or [None] * len(taps))]
     with ExitStack() as stack:
-        recorders = [
-            stack.enter_context(make(tap, steps, tokens=kept))
-            for tap, kept in zip(taps, tokens or [None] * len(taps))
-        ]
+        for recorder in recorders:
+            stack.enter_context(recorder)
         images = generate(pipe, prompts, seeds, **sampling)
     times = times_of(pipe.scheduler, steps)
     activations = [recorder.trajectories() for recorder in recorders]
@@ -164,8 +156,8 @@ class _FirstStepDone(Exception):
 def shapes(pipe, taps, prompt: str, **sampling) -> dict:
     """Token rows, token columns and channels of each tap, in the order of the network.
 
-    The keys are the taps as given. They are read off the denoiser's first call for one image; one
-    that it does not call, or that has no grid of tokens, is left out.
+    Keys are the taps as given, read off the denoiser's first call for one image. Left out are those
+    that it does not call, or that have no grid of tokens.
     """
     found: dict = {}
     denoiser = denoiser_of(pipe)
@@ -173,7 +165,7 @@ def shapes(pipe, taps, prompt: str, **sampling) -> dict:
     def leave(*_):
         raise _FirstStepDone
 
-    with ExitStack() as stack:
+    with suppress(_FirstStepDone), ExitStack() as stack:
         for tap in taps:
 
             def note(activation, call, tap=tap):
@@ -181,10 +173,7 @@ def shapes(pipe, taps, prompt: str, **sampling) -> dict:
 
             stack.enter_context(listen(denoiser, pipe.scheduler, tap, note, skip_unfit=True))
         stack.callback(denoiser.register_forward_hook(leave).remove)
-        try:
-            generate(pipe, [prompt], [0], **sampling)
-        except _FirstStepDone:
-            pass
+        generate(pipe, [prompt], [0], **sampling)
     return found
 
 

@@ -125,7 +125,7 @@ def test_a_layer_without_tokens_is_refused_by_name_or_skipped(toy):
 def test_rows_of_a_branch(toy, rows, n_images, split):
     run = functools.partial(toy, numbered(rows), 1.0)
     [(tokens, call)] = heard(toy, TIMES, "grid", run, n_images=n_images)
-    conditional, unconditional = (hooks.rows_of(tokens, call, branch) for branch in BRANCHES)
+    conditional, unconditional = map(hooks.by_branch(tokens, call).get, BRANCHES)
     assert conditional[:, 0, 1].tolist() == [rows - 2, rows - 1]
     assert unconditional[:, 0, 1].tolist() == [0, 1] if split else unconditional is None
 

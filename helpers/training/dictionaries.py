@@ -42,14 +42,11 @@ def train_dictionary(
         n_updates=config.n_updates * (updates_factor or S),
         dead_after=config.dead_after * S,
     )
-    if accelerator is not None:
-        device = accelerator.device
-    coordinates = coordinates.to(device)
-    d_in = coordinates.d_in // S
-
     share = (0, 1)
     if accelerator is not None:
-        share = accelerator.process_index, accelerator.num_processes
+        device, share = accelerator.device, (accelerator.process_index, accelerator.num_processes)
+    coordinates = coordinates.to(device)
+    d_in = coordinates.d_in // S
 
     def batches(start):
         n = config.batch_size // S + 1 if one_step else config.batch_size
@@ -58,16 +55,8 @@ def train_dictionary(
             yield y.reshape(-1, d_in)[: config.batch_size // share[1]]
 
     record = (made_from or {}) | {"coordinates": coordinates.digest()}
-    sae, history = train(
-        batches,
-        d_in,
-        config,
-        device=device,
-        checkpoints=checkpoints,
-        record=record,
-        accelerator=accelerator,
-        label=name,
-    )
+    where = {"device": device, "checkpoints": checkpoints, "accelerator": accelerator}
+    sae, history = train(batches, d_in, config, record=record, label=name, **where)
     return Dictionary(name, coordinates, sae), history
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from itertools import islice
 from pathlib import Path
@@ -25,41 +24,30 @@ LOG_EVERY = 10  # updates between two entries of the history
 class TrainConfig:
     """Settings of a training; a checkpoint made with others is not gone on from."""
 
-    n_latents: int
-    """Width of the dictionary."""
-    k: float
-    """Active latents per input, on average."""
-    n_updates: int
-    """Optimiser steps."""
-    batch_size: int = 1024
-    """Inputs in one update."""
-    learning_rate: float = 1e-3
-    """Adam's; it warms up over 5 % of the updates and falls linearly over the last 20 %."""
-    dead_after: int = 50_000
-    """Inputs without firing after which a latent counts as dead and joins the auxiliary loss."""
-    accumulate: int = 1
-    """Parts in which a batch is taken, to save memory; BatchTopK then chooses within each part."""
-    dtype: str = "float32"
-    """Precision of the encoder's product, the one dense one; everything else stays float32."""
-    seed: int = 0
-    """Of the initial weights and of the order of the data."""
-    aux_coefficient: float = 1 / 32
-    """Weight of the auxiliary loss."""
+    n_latents: int  # width of the dictionary
+    k: float  # active latents per input, on average
+    n_updates: int  # optimiser steps
+    batch_size: int = 1024  # inputs in one update
+    learning_rate: float = 1e-3  # Adam's; up over 5 % of the updates, down over the last 20 %
+    dead_after: int = 50_000  # inputs without firing after which a latent joins the auxiliary loss
+    accumulate: int = 1  # parts of a batch, to save memory; BatchTopK then chooses within each part
+    dtype: str = "float32"  # of the encoder's product, the dense one; all else stays float32
+    seed: int = 0  # of the initial weights and of the order of the data
+    aux_coefficient: float = 1 / 32  # weight of the auxiliary loss
 
     def __post_init__(self):
         for name in ("n_updates", "dead_after", "accumulate"):
             in_range(name, getattr(self, name), 1)
         positive("learning_rate", self.learning_rate)
-        least = 2 * self.accumulate  # the variance within a part needs two inputs
-        in_range("sae_batch_size", self.batch_size, least)
+        # the variance within a part needs two inputs
+        in_range("sae_batch_size", self.batch_size, 2 * self.accumulate)
 
     @staticmethod
     def of(parameters: dict) -> TrainConfig:
         """The settings among a notebook's parameters, where `sae_batch_size` is the batch size."""
         named = parameters | {"batch_size": parameters["sae_batch_size"]}
-        return TrainConfig(
-            **{f.name: named[f.name] for f in fields(TrainConfig) if f.name in named}
-        )
+        own = (f.name for f in fields(TrainConfig) if f.name in named)
+        return TrainConfig(**{name: named[name] for name in own})
 
 
 @dataclass
@@ -88,11 +76,10 @@ def train(
     """Train an SAE with Adam on `batches` (batch, d_in), or on `batches(n)`, which leaves out n.
 
     In the folder `checkpoints`, the whole state is saved every `save_every` updates, in a file
-    named by the settings and by `record`, which may tell the data's fingerprint. If it is there,
-    training goes on from it and ends with the weights that it would have had without stopping, bit
-    for bit on a CPU. With an `accelerate.Accelerator`, each process gives its part of every batch,
-    and the largest codes are chosen among all. NaN or infinity in a batch or in the loss raises
-    FloatingPointError, naming the update; the last checkpoint stays.
+    named by the settings and by `record`, such as the data's fingerprint. From that file training
+    goes on, to the weights that it would have had without stopping, bit for bit on a CPU. With an
+    `accelerate.Accelerator`, each process gives its part of every batch, and the largest codes are
+    chosen among all. FloatingPointError names an update whose batch or loss is not finite.
     """
     # MPS has no sparse products
     device = "cpu" if str(device).startswith("mps") else device
@@ -127,12 +114,11 @@ def _checkpoint(folder: Path, label: str, settings: dict) -> Path:
     return folder / f"{label.replace(' ', '_')}-{hashed[:12]}.safetensors"
 
 
-def _from(batches, start: int, n_updates: int) -> Iterator[torch.Tensor]:
+def _from(batches, start: int, n_updates: int):
     """Batches from the one numbered `start` on; ValueError where they end before n_updates."""
     yield from batches(start) if callable(batches) else islice(batches, start, None)
-    refuse(
-        "n_updates", n_updates, "at most the number of batches; give more, or an endless iterator"
-    )
+    valid = "at most the number of batches; give more, or an endless iterator"
+    refuse("n_updates", n_updates, valid)
 
 
 class _Training:
@@ -160,7 +146,10 @@ class _Training:
         parts = [step(part, dead, 1 / len(chunks), count=log) for part in chunks]
         fvu = sum(p.fvu for p in parts) / len(parts)
         if not torch.isfinite(fvu):
-            raise FloatingPointError(f"update {self.done}: {self._why_not_finite(y, fvu)}")
+            why = "the batch holds NaN or infinity; look at the recorded activations"
+            if torch.isfinite(y).all():
+                why = f"the loss is {fvu.item()}; lower learning_rate, now {c.learning_rate}"
+            raise FloatingPointError(f"update {self.done}: {why}")
         step.update(c.learning_rate * _rate(self.done, c.n_updates))
         self.since_fired += n
         self.since_fired[step.sum(sum(p.fired for p in parts)) > 0] = 0
@@ -172,11 +161,6 @@ class _Training:
             self.history.l0.append(sum(p.active for p in parts).item() / len(y))
             self.history.alive.append(1 - len(dead) / sae.n_latents)
         self.done += 1
-
-    def _why_not_finite(self, y: torch.Tensor, fvu: torch.Tensor) -> str:
-        if not torch.isfinite(y).all():
-            return "the batch holds NaN or infinity; look at the recorded activations"
-        return f"the loss is {fvu.item()}; lower learning_rate, now {self.config.learning_rate}"
 
     def save(self, path: Path, settings: dict) -> None:
         """Write the whole state, or the weights alone once training is finished."""
@@ -202,9 +186,8 @@ class _Training:
         if self.done < self.config.n_updates:
             self.since_fired.copy_(tensors["since_fired"])
             for i, p in enumerate(self.step.parameters):
-                adam = {n: v for n, v in tensors.items() if n.startswith(f"adam.{i}.")}
-                state = {n.split(".")[-1]: v.to(p.device) for n, v in adam.items()}
-                self.step.optimiser.state[p] = state
+                adam = {n: v.to(p.device) for n, v in tensors.items() if n.startswith(f"adam.{i}.")}
+                self.step.optimiser.state[p] = {n.split(".")[-1]: v for n, v in adam.items()}
 
 
 def _rate(step: int, n: int) -> float:

@@ -7,7 +7,7 @@ the gradients of both weight matrices are products with a sparse matrix of the k
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,8 +16,7 @@ from helpers.checks import choose_dtype
 from helpers.sae import SAE
 
 
-@dataclass
-class Part:
+class Part(NamedTuple):
     """What one part of a batch gave, beside gradients."""
 
     fvu: torch.Tensor
@@ -56,7 +55,10 @@ class SparseStep:
         """
         sae, n, m = self.sae, len(y), self.sae.n_latents
         centred = y - sae.b_dec
-        pre = self._encoded(centred)
+        if self.dtype == torch.float32:
+            pre = torch.addmm(sae.b_enc, centred, sae.W_enc)
+        else:
+            pre = (centred.to(self.dtype) @ sae.W_enc.to(self.dtype)).float() + sae.b_enc
         n_all = int(self.sum(torch.tensor(n, device=y.device)))
         n_kept = max(1, round(sae.k * n_all))
         places, codes, cut = _largest(pre.flatten(), n_kept, self.accelerator)
@@ -88,13 +90,6 @@ class SparseStep:
         fired = zeros.index_add(0, latent, torch.ones_like(codes))
         active = (pre > sae.threshold).sum() if count else 0
         return Part(left / spread, fired, torch.where(cut > 0, cut, sae.threshold), active)
-
-    def _encoded(self, centred: torch.Tensor) -> torch.Tensor:
-        """Preactivations before the ReLU, float32, by a product in `self.dtype`."""
-        sae = self.sae
-        if self.dtype == torch.float32:
-            return torch.addmm(sae.b_enc, centred, sae.W_enc)
-        return (centred.to(self.dtype) @ sae.W_enc.to(self.dtype)).float() + sae.b_enc
 
     def _revive(self, pre, centred, error, dead, weight, d_b_enc, along) -> None:
         """Add the gradients of weight / 2 · ‖z W_dec − error‖², z the top codes of dead latents."""
@@ -133,9 +128,7 @@ def _csr(starts, columns, values, n: int, m: int) -> torch.Tensor:
         return torch.sparse_csr_tensor(starts, columns, values, (n, m))
 
 
-def _largest(
-    flat: torch.Tensor, n: int, accelerator
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _largest(flat: torch.Tensor, n: int, accelerator) -> tuple[torch.Tensor, ...]:
     """Of the n largest entries over all processes, the places, ascending, and values of those that
     are here and positive; and the n-th largest."""
     among = flat[:0].long()
