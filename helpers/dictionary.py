@@ -51,22 +51,13 @@ class Dictionary(torch.nn.Module):
             )
         self.name, self.coordinates = name, coordinates
         self.coder = coder.to(coordinates.mu.device).requires_grad_(False)
-
-    @property
-    def one_step(self) -> bool:
-        return self.coder.d_in < self.coordinates.d_in
-
-    @property
-    def n_latents(self) -> int:
-        return self.coder.n_latents * (self.coordinates.d_in // self.coder.d_in)
-
-    @property
-    def two_sided(self) -> bool:
-        """Whether codes are dense and of either sign."""
-        return not self.coder.sparse
+        self.one_step = coder.d_in < coordinates.d_in
+        self.two_sided = not coder.sparse  # codes are dense and of either sign
+        self.n_blocks = coordinates.d_in // coder.d_in  # in which a trajectory is coded
+        self.n_latents = coder.n_latents * self.n_blocks
 
     def codes(self, x: torch.Tensor) -> torch.Tensor:
-        """Standardised trajectories (…, S, d) -> codes (…, n_latents), both in x's precision."""
+        """Standardised x (…, S, d) -> codes (…, n_latents), in x's precision, not the coder's."""
         y = self.coordinates.residualize(x).reshape(-1, self.coder.d_in)
         z = self.coder.encode(y.to(self.coder.W_dec.dtype))
         return z.to(x.dtype).view(*x.shape[:-2], self.n_latents)
@@ -84,8 +75,7 @@ class Dictionary(torch.nn.Module):
         """Feature trajectories u, (…, S, d), of latents (index, list or slice): what a 1 adds."""
         W, n = self.coder.W_dec, self.coder.n_latents
         latents = torch.arange(self.n_latents, device=W.device)[latents]
-        blocks = self.coordinates.d_in // self.coder.d_in
-        rows = W.new_zeros(latents.numel(), blocks, self.coder.d_in)
+        rows = W.new_zeros(latents.numel(), self.n_blocks, self.coder.d_in)
         rows[torch.arange(len(rows)), latents.flatten() // n] = W[latents.flatten() % n]
         u = self.coordinates.feature_trajectories(rows.flatten(1))
         return u.view(*latents.shape, *u.shape[1:])

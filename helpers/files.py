@@ -29,7 +29,7 @@ def in_units(value: float, unit: str = "B") -> str:
 
 
 def save_tensors(path: str | Path, tensors: dict[str, torch.Tensor], record: dict | None = None):
-    """Write tensors, a JSON-able `record` and the SHA-256 of both, as safetensors, atomically."""
+    """Write tensors, a JSON-able `record` and the SHA-256 of both, atomically, or raise OSError."""
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     record = json.loads(json.dumps(record or {}))  # as it will come back
     written = record | {"sha256": _content(tensors, record)}
