@@ -68,7 +68,7 @@ class Recorder:
         self.devices.add(rows.device)
 
     def trajectories(self) -> torch.Tensor:
-        """Raw (image, step, token, channel) on the CPU, in the model's dtype; ValueError if never run."""
+        """Raw, (image, step, token, channel), on the CPU; ValueError for what was never run."""
         if not self.branches_run:
             refuse("hookpoint", self.tap.hookpoint, "a module that the model calls as it samples")
         if self.tap.branch not in self.branches_run:
