@@ -13,7 +13,7 @@ from diffusers import (
     PNDMScheduler,
 )
 
-from helpers.pipelines.calls import CallReader, timesteps_of
+from helpers.pipelines.calls import CallReader, numbered
 from helpers.pipelines.generate import generate
 
 LATENTS = torch.arange(32.0).reshape(2, 1, 4, 4)
@@ -92,15 +92,15 @@ def test_steps_under_schedulers_that_call_once_or_twice(
     assert [i for i, r in enumerate(found) if r.repeated] == repeated
     assert [r.timestep for r in found] == timesteps == sorted(timesteps, reverse=True)
     assert {r.branches for r in found} == {BOTH}
-    last = {step: timesteps[i] for i, step in enumerate(steps)}
-    assert timesteps_of(made).tolist() == [last[step] for step in range(4)]
+    assert [listed.tolist() for listed in numbered(made)] == [timesteps, steps]
 
 
 def test_steps_whose_rounded_timesteps_are_equal_are_told_apart():
     betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
     karras = DPMSolverMultistepScheduler(**betas, use_karras_sigmas=True)
     karras.set_timesteps(50)
-    assert karras.timesteps[-3:].tolist() == [1, 1, 0] == timesteps_of(karras)[-3:].tolist()
+    assert karras.timesteps[-3:].tolist() == [1, 1, 0] == numbered(karras)[0][-3:].tolist()
+    assert numbered(karras)[1].tolist() == [*range(50)]
     reader = CallReader(Denoiser(), karras, None)
     for step, t in enumerate(karras.timesteps):
         reader.note(None, (LATENTS, t.clone()), {})
@@ -166,7 +166,7 @@ def test_a_scheduler_with_more_timesteps_than_steps_is_refused(n):
     scheduler = PNDMScheduler(skip_prk_steps=False)
     scheduler.set_timesteps(n)
     with pytest.raises(ValueError, match="scheduler is 'PNDMScheduler'"):
-        timesteps_of(scheduler)
+        numbered(scheduler)
 
 
 def test_a_timestep_that_the_scheduler_does_not_list_is_refused(scheduler):

@@ -93,7 +93,6 @@ def test_a_store_says_what_was_recorded(finished, pipe):
     assert (store.prompts, store.seeds, store.steps) == (PROMPTS, SEEDS, [0, 2])
     assert store.timesteps == pipe.scheduler.timesteps[[0, 2]].tolist()
     assert store.prompts_of("train") == [PROMPTS[0], PROMPTS[2], PROMPTS[3]]
-    store.verify()
 
 
 def test_the_splits_share_out_every_image_once(finished):
@@ -190,7 +189,6 @@ def test_an_empty_split_is_named(pipe, tmp_path):
 # --- what cannot be read ------------------------------------------------------------------------
 
 READERS = {
-    "verify": lambda store: store.verify(),
     "shards": lambda store: list(store.shards("train")),
     "images": lambda store: store.images("train"),
     "tokens": lambda store: store.tokens("train"),

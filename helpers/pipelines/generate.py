@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import re
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from numbers import Integral
 
 import numpy as np
@@ -13,22 +14,17 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from helpers.checks import refuse
+from helpers.pipelines.calls import numbered
 
 
 def generate(pipe, prompts, seeds, **sampling) -> np.ndarray:
     """Images of one batch of prompts: float32, (image, height, width, channel), in [0, 1].
 
     Noise is drawn on the CPU, from one generator an image, so an image depends neither on the
-    device nor on its batch, beyond rounding. Raises ValueError for an argument or a size that the
-    pipeline does not take, and for one whose noise does not come from the seeds.
-
-    Parameters
-    ----------
-    prompts : list of str
-        Texts; names or numbers of classes for a class-conditional pipeline.
-    sampling
-        Arguments of the pipeline's call: num_inference_steps, guidance_scale, height, width (0 is
-        the model's own) and others. One negative_prompt, or one image, serves the whole batch.
+    device nor on its batch, beyond rounding. Prompts may be names or numbers of classes. `sampling`
+    are arguments of the pipeline's call; height or width 0 is the model's own, and one
+    negative_prompt, or one image, serves the whole batch. Raises ValueError for an argument or a
+    size that the pipeline does not take, and for noise that does not come from the seeds.
     """
     arguments = arguments_of(pipe, prompts, sampling)
     generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
@@ -42,8 +38,7 @@ def generate(pipe, prompts, seeds, **sampling) -> np.ndarray:
         valid = f"'float32' or 'float16', in which {type(pipe).__name__} can hand out images"
         refuse("dtype", "bfloat16", valid)
     if not hasattr(made, "images"):
-        valid = f"a pipeline that makes images, not {', '.join(made)}"
-        refuse("model", type(pipe).__name__, valid)
+        refuse("model", type(pipe).__name__, f"a pipeline that makes images, not {', '.join(made)}")
     return np.asarray(made.images).astype(np.float32, copy=False)
 
 
@@ -52,6 +47,54 @@ def generate_all(pipe, prompts, seeds, batch_size, *, desc=None, **sampling) -> 
     starts = tqdm(range(0, len(prompts), batch_size), desc, disable=desc is None or None)
     batches = (slice(start, start + batch_size) for start in starts)
     return np.concatenate([generate(pipe, prompts[b], seeds[b], **sampling) for b in batches])
+
+
+def switch_prompts(pipe, before, after, seeds, step: int, **sampling) -> np.ndarray:
+    """`generate` with prompts `before`, but `after` from denoising step `step` on.
+
+    0 is `after` throughout, the number of steps or more is `before` throughout. Raises ValueError
+    for a pipeline in which what the prompts say cannot be exchanged on the way.
+    """
+    if step <= 0:
+        return generate(pipe, after, seeds, **sampling)
+    names = _exchangeable(pipe)
+
+    def run(prompts, at_end_of_step):
+        callback = {"callback_on_step_end": at_end_of_step}
+        callback["callback_on_step_end_tensor_inputs"] = names
+        return generate(pipe, prompts, seeds, **callback, **sampling)
+
+    def keep(_, i, timestep, tensors):
+        new.update((k, v) for k, v in tensors.items() if isinstance(v, torch.Tensor))
+        raise _Enough
+
+    def exchange(_, i, timestep, tensors):
+        steps = numbered(pipe.scheduler)[1]
+        if any(new[k].shape != tensors[k].shape for k in new):
+            refuse("prompts", "of different lengths", "encoded to the same number of tokens")
+        return new if i + 1 < len(steps) and steps[i + 1] >= step else {}
+
+    new = {}
+    with suppress(_Enough):  # one step with the other prompts, to have them encoded
+        run(after, keep)
+    return run(before, exchange)
+
+
+class _Enough(Exception):
+    pass
+
+
+def _exchangeable(pipe) -> list[str]:
+    """Tensors by which a caption reaches the denoiser, all of which a callback can exchange."""
+    names = [n for n in getattr(pipe, "_callback_tensor_inputs", ()) if "embeds" in n]
+    taken = inspect.signature(pipe.__call__).parameters
+    needed = [n for n in taken if re.match(r"(pooled_)?prompt_.*(embeds|mask)", n)]
+    same = {"pooled_prompt_embeds": "add_text_embeds"}  # SDXL's name for it
+    missing = [n for n in needed if n not in names and same.get(n) not in names]
+    if "callback_on_step_end" not in taken or "prompt_embeds" not in names or missing:
+        valid = "one with callback_on_step_end for all by which prompts reach the denoiser"
+        refuse("model", type(pipe).__name__, valid)
+    return names
 
 
 def arguments_of(pipe, prompts, sampling: dict) -> dict:
@@ -67,13 +110,13 @@ def arguments_of(pipe, prompts, sampling: dict) -> dict:
     if {"height", "width"} <= set(taken):
         _check_size(pipe, sampling.get("height") or 0, sampling.get("width") or 0)
     # each image needs its own copy: diffusers would encode a single one with the first seed for all
-    single = {"negative_prompt": str, "control_image": Image.Image}
+    single = {"negative_prompt", "control_image"}
     if "strength" in taken:
-        single |= {"image": Image.Image, "mask_image": Image.Image}
-    for name in set(single) & set(arguments):
+        single |= {"image", "mask_image"}
+    for name in single & set(arguments):
         value = arguments[name]
         is_array = isinstance(value, (np.ndarray, torch.Tensor)) and value.ndim < 4
-        if isinstance(value, single[name]) or is_array:
+        if isinstance(value, (str, Image.Image)) or is_array:
             arguments[name] = [value] * len(prompts)
     if "prompt" in taken:
         arguments["prompt"] = list(prompts)
@@ -95,23 +138,22 @@ def _no_other_noise(pipe):
     before = states()
     yield
     moved = [not torch.equal(a, b) for a, b in zip(before, states())]
-    valid = f"one that draws from the seeds' generators alone (in {type(pipe).__name__})"
+    scheduler = type(getattr(pipe, "scheduler", None)).__name__
     if moved[0]:
-        refuse("scheduler", type(getattr(pipe, "scheduler", None)).__name__, valid)
+        valid = f"one that draws from the seeds' generators alone (in {type(pipe).__name__})"
+        refuse("scheduler", scheduler, valid)
     if any(moved):  # a GPU's kernels may move its state without drawing noise
-        scheduler = type(pipe.scheduler).__name__
         warnings.warn(f"scheduler {scheduler} may draw noise that misses the seeds", stacklevel=4)
 
 
 def _check_size(pipe, height, width) -> None:
     """ValueError unless both are 0, or both whole numbers of pixels that the pipeline can draw."""
     if bool(height) != bool(width):
-        name = "width" if height else "height"
-        refuse(name, 0, f"given in pixels, as the {'height' if height else 'width'} is")
+        given, missing = ("height", "width") if height else ("width", "height")
+        refuse(missing, 0, f"given in pixels, as the {given} is")
     config = getattr(getattr(pipe, "image_processor", None), "config", None)
     factor = getattr(config, "vae_scale_factor", 1)
-    for name, value in (("height", height), ("width", width)):
-        # some pipelines would round down instead
+    for name, value in (("height", height), ("width", width)):  # some would round down instead
         if not isinstance(value, Integral) or value < 0 or value % factor:
             refuse(name, value, f"a multiple of {factor} pixels, or 0 for the model's own size")
 

@@ -18,8 +18,7 @@ logging.getLogger("transformers.utils.import_utils").addFilter(
 def load_pipeline(model: str | Path, device: str = "auto", dtype: str = "auto", revision: str = ""):
     """A diffusers pipeline from a folder, or from the hub by name and branch, tag or commit.
 
-    Only safetensors weights are read, and no code that comes with a model is run. `dtype` 'auto' is
-    float16 on CUDA and float32 elsewhere.
+    Reads safetensors alone, runs no model's own code; 'auto' is float16 on CUDA, else float32.
     """
     device = choose_device(device)
     precision = choose_dtype(dtype, torch.float16 if device.startswith("cuda") else torch.float32)

@@ -1,18 +1,21 @@
 """Collecting: a plan's images and activations on disk, whatever stops it on the way.
 
-An image depends on its own seed alone, so shards can be made in any order, by any process, and made
-again. A folder without `manifest.json` is unfinished: collecting goes on with the shards that it
-lacks, and ends with the same bytes.
+An image depends on its own seed alone, so any process can make any shard, and make it again. A
+folder without `manifest.json` is unfinished: collecting goes on, and ends with the same bytes.
 """
 
 from __future__ import annotations
 
+import math
 import platform
 import re
 import shutil
 import time
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from importlib.metadata import version
+from itertools import repeat
 from pathlib import Path
 
 import numpy as np
@@ -21,18 +24,16 @@ from tqdm.auto import tqdm
 
 from helpers.checks import in_range, refuse
 from helpers.files import digest, in_units, load_tensors, save_json, save_tensors, save_text
-from helpers.store.plan import Plan, load_manifest, load_record, shard_path
+from helpers.store.plan import Plan, load_record, shard_path
 from helpers.trajectories import record_all
 
 
-def collect(
-    plan: Plan, pipe, *, accelerator=None, share: tuple[int, int] = (0, 1), only_check: bool = False
-) -> dict:
+def collect(plan: Plan, pipe, *, accelerator=None, share=(0, 1), only_check=False) -> dict:
     """Record every prompt of a plan, one shard a batch; shards that are whole are left alone.
 
-    Processes of an `accelerate.Accelerator` share the shards out; so do n machines on one disk,
-    with `share` (index, n). `only_check` raises what collecting would raise at its beginning.
-    Returns `new_images` made by this call in `new_seconds`, and `missing_images`, not there yet.
+    Processes of an `accelerate.Accelerator` share the shards out, as do n machines on one disk with
+    `share` (index, n). `only_check` raises what collecting would raise at its beginning. Returns
+    `new_images` made by this call in `new_seconds`, and `missing_images`, not there yet.
     """
     index, parts = share
     in_range("num_shards", parts, 1)
@@ -50,26 +51,26 @@ def collect(
         _check_disk(folders, pipe, lacking)
     if only_check:
         return {"new_images": 0, "new_seconds": 0.0, "missing_images": plan.n_images(lacking)}
+    is_main = accelerator is None or accelerator.is_main_process
     wait = accelerator.wait_for_everyone if accelerator else lambda: None
     wait()  # all have looked at the disk before any of them writes
     start = time.perf_counter()
-    _record(folders, pipe, todo, own, silent=accelerator and not accelerator.is_main_process)
+    _record(folders, pipe, todo, own, silent=not is_main)
     seconds = time.perf_counter() - start
     wait()
     missing = plan.n_images(_absent(folders))
-    if not missing and (accelerator is None or accelerator.is_main_process):
-        for folder in folders:
-            folder.finish()
+    for folder in folders if is_main and not missing else ():
+        folder.finish()
     wait()
-    n_new = plan.n_images(todo)
-    return {"new_images": n_new, "new_seconds": seconds, "missing_images": missing}
+    new = plan.n_images(todo)
+    return {"new_images": new, "new_seconds": seconds, "missing_images": missing}
 
 
 def repair(folder, pipe) -> dict:
     """Collect the damaged and missing shards of a store again, with the settings on its record.
 
-    Where the model gives the same bytes again, as on a CPU, the manifest stays as it was, and all
-    that was made from it valid. Returns as `collect` does; ValueError for other weights.
+    Where the model gives the same bytes again, as on a CPU, all that was made from the store stays
+    valid. Returns as `collect` does; ValueError for other weights.
     """
     folder = Path(folder)
     for name in ("manifest.json", "begun.json"):
@@ -83,29 +84,24 @@ class _Folder:
 
     def __init__(self, path: Path, record: dict, plan: Plan):
         self.path, self.record, self.plan = path, record, plan
-        finished = (path / "manifest.json").exists()
-        self.digests: dict[str, str] = load_manifest(path)["shards"] if finished else {}
+        manifest = path / "manifest.json"
+        self.digests: dict[str, str] = load_record(manifest)["shards"] if manifest.exists() else {}
 
-    def shard(self, i: int) -> Path:
-        return shard_path(self.path, i)
+    def noted(self, shard: Path) -> str | None:
+        """The SHA-256 of a shard as it was written; None where a kill came before the note."""
+        with suppress(FileNotFoundError):
+            return _note(shard).read_text().partition(" ")[0]
+        return self.digests.get(shard.name)
 
     def intact(self, i: int) -> bool:
-        """Whether shard i is there, with the SHA-256 that was noted when it was written."""
-        path = self.shard(i)
-        if not path.exists():
-            return False
-        try:
-            return digest(path) == (self.digests.get(path.name) or _noted_digest(path))
-        except (OSError, IndexError):  # killed before the note, or the manifest was deleted
-            try:
-                load_tensors(path)  # compares with the digest inside the file
-                return True
-            except ValueError:
-                return False
-
-    def tokens(self, i: int) -> torch.Tensor | None:
-        """Which tokens to keep of the images of shard i; None for all."""
-        return self.plan.chosen_tokens(i, self.record["grid"][0] * self.record["grid"][1])
+        """Whether shard i is there, and holds what was written."""
+        shard = shard_path(self.path, i)
+        with suppress(OSError, ValueError):
+            if noted := self.noted(shard):
+                return digest(shard) == noted
+            load_tensors(shard)  # compares with the digest inside the file
+            return True
+        return False
 
     def write(self, i: int, h: torch.Tensor, images: np.ndarray, tokens) -> None:
         """Write shard i and its digest; the first shard of a folder begins its record."""
@@ -116,10 +112,10 @@ class _Folder:
             tensors["tokens"] = tokens.int()
         if self.plan.with_images(i):
             tensors["images"] = torch.from_numpy((images * 255).round().astype(np.uint8))
-        path = self.shard(i)
-        _note(path).unlink(missing_ok=True)
-        save_tensors(path, tensors)
-        save_text(_note(path), f"{digest(path)}  {path.name}\n")
+        shard = shard_path(self.path, i)
+        _note(shard).unlink(missing_ok=True)
+        save_tensors(shard, tensors)
+        save_text(_note(shard), f"{digest(shard)}  {shard.name}\n")
 
     def remove_half_written(self, own: range | None) -> None:
         """Remove what a killed process left half written: of `own` shards where others write."""
@@ -131,34 +127,26 @@ class _Folder:
 
     def finish(self) -> None:
         """Write the manifest of a complete folder, unless it would be of the same shards."""
-        digests = {}
-        for path in map(self.shard, range(len(self.plan.shards))):
-            try:
-                digests[path.name] = _noted_digest(path)
-            except FileNotFoundError:  # of an earlier call, or another machine is finishing, too
-                digests[path.name] = self.digests.get(path.name) or digest(path)
+        shards = [shard_path(self.path, i) for i in range(len(self.plan.shards))]
+        digests = {shard.name: self.noted(shard) or digest(shard) for shard in shards}
         if digests != self.digests:  # else the versions that made the shards stay on record
             packages = {p: version(p) for p in ("torch", "diffusers", "transformers")}
             made = {"shards": digests, "images_of_shard": self.plan.shards}
             made["versions"] = {"python": platform.python_version()} | packages
             save_json(self.path / "manifest.json", self.record | made)
-        for name in digests:
-            _note(self.path / name).unlink(missing_ok=True)
+        for shard in shards:
+            _note(shard).unlink(missing_ok=True)
 
 
-def _note(path: Path) -> Path:
+def _note(shard: Path) -> Path:
     """Where a shard's SHA-256 stands until the manifest has it; `sha256sum --check` reads it."""
-    return path.with_suffix(".sha256")
-
-
-def _noted_digest(path: Path) -> str:
-    return _note(path).read_text().split()[0]
+    return shard.with_suffix(".sha256")
 
 
 def _absent(folders: list[_Folder]) -> list[int]:
     """The shards that are not there yet in some folder, whole or damaged."""
     every = range(len(folders[0].plan.shards))
-    return [i for i in every if not all(f.shard(i).exists() for f in folders)]
+    return [i for i in every if not all(shard_path(f.path, i).exists() for f in folders)]
 
 
 def _check_disk(folders: list[_Folder], pipe, shards: set[int]) -> None:
@@ -174,41 +162,31 @@ def _check_disk(folders: list[_Folder], pipe, shards: set[int]) -> None:
         )
 
 
-def _record(folders: list[_Folder], pipe, todo: list[int], own: range, silent) -> None:
+def _record(folders: list[_Folder], pipe, todo: list[int], own: range, silent: bool) -> None:
     """Make the shards of `todo`; each is written while the next is computed."""
     plan, taps = folders[0].plan, list(folders[0].plan.taps.values())
-    bar = tqdm(
-        total=plan.n_images(own),
-        initial=plan.n_images(own) - plan.n_images(todo),
-        desc="collecting",
-        unit="image",
-        disable=bool(silent) or not todo or None,  # None: shown in notebooks and terminals
-    )
+    n, n_new = plan.n_images(own), plan.n_images(todo)
+    hidden = silent or not todo or None  # None: shown in notebooks and terminals
+    bar = tqdm(total=n, initial=n - n_new, desc="collecting", unit="image", disable=hidden)
     with bar, ThreadPoolExecutor(1) as writer:
-        writing = []
+        writing = deque()
         for i in todo:
             prompts, seeds = ([of[j] for j in plan.shards[i]] for of in (plan.prompts, plan.seeds))
-            chosen = [folder.tokens(i) for folder in folders]
+            chosen = [plan.chosen_tokens(i, math.prod(f.record["grid"])) for f in folders]
             images, activations, _ = record_all(
                 pipe, prompts, seeds, taps, plan.steps, chosen, **plan.sampling
             )
             for tap, h in zip(taps, activations):
-                _refuse_overflow(tap.hookpoint, h, plan.store_dtype)
-            if len(writing) == 2 * len(folders):  # two batches wait for the disk: no more memory
-                for written in writing[: len(folders)]:
-                    written.result()
-                del writing[: len(folders)]
-            for folder, h, tokens in zip(folders, activations, chosen):
-                writing.append(writer.submit(folder.write, i, h, images, tokens))
+                if not torch.isfinite(h).all():
+                    valid = f"a wider one; {tap.hookpoint} gives NaN or infinity in it"
+                    refuse("dtype", h.dtype, valid)
+                if not torch.isfinite(h.to(plan.store_dtype)).all():
+                    largest = f"{tap.hookpoint} gives up to {h.abs().max():.3g}"
+                    refuse("store_dtype", plan.store_dtype, f"'bfloat16' or 'float32'; {largest}")
+            if len(writing) == 2:  # batches that wait for the disk: no more memory
+                list(writing.popleft())
+            of_each = folders, repeat(i), activations, repeat(images), chosen
+            writing.append(writer.map(_Folder.write, *of_each))
             bar.update(len(images))
         for written in writing:
-            written.result()
-
-
-def _refuse_overflow(hookpoint: str, h: torch.Tensor, store_dtype: torch.dtype) -> None:
-    """ValueError for activations that the model's or the store's precision cannot hold."""
-    if not torch.isfinite(h).all():
-        refuse("dtype", h.dtype, f"a wider one; {hookpoint} gives NaN or infinity in it")
-    if not torch.isfinite(h.to(store_dtype)).all():
-        largest = f"{hookpoint} gives up to {h.abs().max():.3g}"
-        refuse("store_dtype", store_dtype, f"'bfloat16' or 'float32'; {largest}")
+            list(written)  # raises what writing raised

@@ -1,8 +1,7 @@
 """What a collection is to hold, and the record that each of its folders keeps of that.
 
-A store is a folder of safetensors shards, one for each batch of images, and two records:
-`begun.json`, written with the first shard, and `manifest.json`, written with the last, which adds
-their SHA-256 and the versions. A folder that was begun with other settings is refused, untouched.
+A store is a folder of safetensors shards, one a batch of images, of `begun.json`, written with the
+first, and of `manifest.json`, written with the last, which adds their SHA-256 and the versions.
 """
 
 from __future__ import annotations
@@ -28,37 +27,26 @@ RECORDED = (  # what every begun.json and manifest.json holds, among others
     *("prompts", "seeds", "split", "sampling", "steps", "timesteps", "grid", "channels", "dtype"),
     *("tokens_per_image", "train_images", "hookpoint", "signal", "branch", "batch_size"),
 )
-NOT_CHOSEN = (  # the rest of what a Plan computes anew from its fields and the pipeline
-    *("scheduler", "weights", "sigmas", "versions", "shards", "images_of_shard"),
-)
+IN_MANIFEST = ("shards", "images_of_shard")
+# with these, what follows from a Plan and the pipeline
+NOT_CHOSEN = ("scheduler", "weights", "sigmas", "versions", *IN_MANIFEST)
 
 
 @dataclass
 class Plan:
     """What a collection is to hold; plan and weights determine its bytes on a given machine."""
 
-    taps: dict[Path, Tap]
-    """Folder of each store -> what it records; all are recorded in one pass."""
-    prompts: list[str]
-    """The prompt of each image."""
-    seeds: list[int]
-    """The seed of each image: its noise and which of its tokens are kept follow from it alone."""
-    splits: list[str]
-    """'train', 'validation' or 'test' for each image."""
-    steps: list[int]
-    """Denoising steps to keep, 0 is the noisiest."""
-    sampling: dict
-    """Arguments of the pipeline's call; height or width 0 is the model's own."""
-    batch_size: int
-    """Images made at once and stored in one shard."""
-    store_dtype: torch.dtype = torch.float16
-    """Precision of activations on disk."""
-    tokens_per_image: int = 0
-    """Tokens kept of each training image, drawn at random; 0 keeps all. Other images keep all."""
-    train_images: bool = True
-    """Whether the training images are stored beside their activations."""
-    about: dict = field(default_factory=dict)
-    """What else identifies the collection: model, model_dtype, revision."""
+    taps: dict[Path, Tap]  # folder of each store -> what it records, all in one pass
+    prompts: list[str]  # of each image
+    seeds: list[int]  # of each image; its noise and its kept tokens follow from it alone
+    splits: list[str]  # of each image: 'train', 'validation' or 'test'
+    steps: list[int]  # denoising steps to keep, 0 is the noisiest
+    sampling: dict  # arguments of the pipeline's call; height or width 0 is the model's own
+    batch_size: int  # images made at once and stored in one shard
+    store_dtype: torch.dtype = torch.float16  # of activations on disk
+    tokens_per_image: int = 0  # kept of each training image, at random; 0, and of others: all
+    train_images: bool = True  # whether training images are stored beside their activations
+    about: dict = field(default_factory=dict)  # what else identifies it: model, model_dtype …
 
     def __post_init__(self):
         self.taps = {Path(folder): Tap.of(tap) for folder, tap in self.taps.items()}
@@ -110,16 +98,21 @@ class Plan:
 
     def shard_bytes(self, i: int, record: dict, pipe) -> int:
         """What shard i of a folder with that record takes on disk."""
-        n_tokens = record["grid"][0] * record["grid"][1]
-        if self.is_train(i):
-            n_tokens = self.tokens_per_image or n_tokens
+        tokens = self.tokens_per_image if self.is_train(i) else 0
+        n_tokens = tokens or record["grid"][0] * record["grid"][1]
         size = bytes_per_image(len(self.steps), n_tokens, record["channels"], self.store_dtype)
         if self.with_images(i):
             size += image_bytes(pipe, self.sampling)
         return len(self.shards[i]) * size
 
-    def described(self, pipe) -> dict[Path, dict]:
-        """For each folder, what must be the same for another image to be added to it."""
+    def check(self, pipe) -> dict[Path, dict]:
+        """Call the denoiser once, and say what each folder's record is to hold.
+
+        ValueError for what this pipeline does not have, or a folder begun with other settings.
+        """
+        found = shapes(pipe, list(self.taps.values()), self.prompts[0], **self.sampling)
+        times = times_of(pipe.scheduler, self.steps)
+        # what must be the same for another image to be added to a folder
         common = {f.name: getattr(self, f.name) for f in fields(Plan) if f.name in RECORDED}
         common |= self.about | {
             "seeds": [int(s) for s in self.seeds],
@@ -129,16 +122,7 @@ class Plan:
             "scheduler": type(pipe.scheduler).__name__,
             "weights": weights_of(pipe),
         }
-        return {folder: common | tap._asdict() for folder, tap in self.taps.items()}
-
-    def check(self, pipe) -> dict[Path, dict]:
-        """Call the denoiser once, and say what each folder's record is to hold.
-
-        ValueError for what this pipeline does not have, or a folder begun with other settings.
-        """
-        found = shapes(pipe, list(self.taps.values()), self.prompts[0], **self.sampling)
-        times = times_of(pipe.scheduler, self.steps)
-        records = self.described(pipe)
+        records = {}
         for folder, tap in self.taps.items():
             if tap not in found:
                 known = list(hookpoints(pipe, self.prompts[0], **self.sampling))
@@ -146,8 +130,9 @@ class Plan:
                 refuse("hookpoint", tap.hookpoint, valid)
             rows, columns, channels = found[tap]
             in_range("tokens_per_image", self.tokens_per_image, 0, rows * columns)
-            refuse_other_settings(folder, records[folder])
-            records[folder] |= times | {"grid": [rows, columns], "channels": channels}
+            settings = common | tap._asdict()
+            refuse_other_settings(folder, settings)
+            records[folder] = settings | times | {"grid": [rows, columns], "channels": channels}
         self.check_folders()
         return records
 
@@ -175,16 +160,14 @@ def image_bytes(pipe, sampling: dict) -> int:
 def weights_of(pipe) -> str:
     """SHA-256 over a sample of the weights that make images; empty where one is unreadable."""
     found = hashlib.sha256()
-    for name, part in sorted(pipe.components.items()):
-        if isinstance(part, torch.nn.Module) and name != "safety_checker":
-            for p in part.parameters():
-                if p.is_meta:  # offloaded
-                    return ""
-                try:
+    try:
+        for name, part in sorted(pipe.components.items()):
+            if isinstance(part, torch.nn.Module) and name != "safety_checker":
+                for p in part.parameters():
                     sample = p.flatten()[:: max(1, p.numel() // 64) | 1]
                     found.update(sample.float().cpu().contiguous().numpy())
-                except (RuntimeError, TypeError):  # of some quantised weights
-                    return ""
+    except (RuntimeError, TypeError):  # of weights that are offloaded, or quantised in some way
+        return ""
     return found.hexdigest()[:16]
 
 
@@ -192,37 +175,24 @@ def shard_path(folder: Path, i: int) -> Path:
     return folder / f"shard-{i:05d}.safetensors"
 
 
-def load_record(path: Path, *more: str) -> dict:
-    """A manifest.json or begun.json; ValueError if it lacks one of RECORDED or of `more`."""
-    record = load_json(path)
-    for name in (*RECORDED, *more):
-        if not isinstance(record, dict) or name not in record:
-            _refuse_damaged(path, name)
+def load_record(path: Path) -> dict:
+    """A manifest.json or begun.json; ValueError if it lacks something."""
+    record, finished = load_json(path), path.name == "manifest.json"
+    names = RECORDED + IN_MANIFEST if finished else RECORDED
+    lacking = [n for n in names if not isinstance(record, dict) or n not in record]
+    if finished and not lacking:
+        shards = (shard_path(path.parent, i).name for i in range(len(record["images_of_shard"])))
+        lacking = [name for name in shards if name not in record["shards"]]
+    if lacking:
+        what = f"{path} is damaged (it has no {lacking[0]!r})"
+        raise ValueError(f"{what}; delete it, run 01_collect_trajectories again")
     return record
-
-
-def load_manifest(folder: Path) -> dict:
-    """The manifest of a finished folder."""
-    path = folder / "manifest.json"
-    manifest = load_record(path, "shards", "images_of_shard")
-    for i in range(len(manifest["images_of_shard"])):
-        if shard_path(folder, i).name not in manifest["shards"]:
-            _refuse_damaged(path, shard_path(folder, i).name)
-    return manifest
-
-
-def _refuse_damaged(path: Path, lacking: str):
-    raise ValueError(
-        f"{path} is damaged (it has no {lacking!r}); delete it, run 01_collect_trajectories again"
-    )
 
 
 def refuse_other_settings(folder: Path, described: dict) -> None:
     """ValueError, naming what differs, if `folder` was begun with other settings than those."""
     described = json.loads(json.dumps(described))  # as it would come back from the file
-    for path in (folder / "begun.json", folder / "manifest.json"):
-        if not path.exists():
-            continue
+    for path in filter(Path.exists, (folder / "begun.json", folder / "manifest.json")):
         record = load_record(path)
         before = record | record["sampling"]
         now = dict.fromkeys(record["sampling"]) | described | described["sampling"]

@@ -7,11 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
 from helpers.checks import one_of, refuse
 from helpers.files import digest, load_rows, load_tensors
-from helpers.store.plan import SPLITS, load_manifest, shard_path
+from helpers.store.plan import SPLITS, load_record, shard_path
 from helpers.trajectories import Tap, bytes_per_image
 
 
@@ -28,7 +27,7 @@ class Store:
             raise FileNotFoundError(
                 f"run: {self.folder} holds no finished collection; run 01_collect_trajectories"
             )
-        self.manifest = m = load_manifest(self.folder)
+        self.manifest = m = load_record(self.folder / "manifest.json")
         self.tap = Tap(m["hookpoint"], m["signal"], m["branch"])
         self.prompts, self.seeds, self.sampling = m["prompts"], m["seeds"], m["sampling"]
         self.steps, self.timesteps = m["steps"], m["timesteps"]
@@ -37,12 +36,6 @@ class Store:
         self.dtype = getattr(torch, m["dtype"])
         self.split = np.array(m["split"])
         self._checked: set[str] = set()
-
-    def verify(self) -> None:
-        """Hold every shard against its SHA-256; ValueError names the first that differs."""
-        shards = range(len(self.manifest["shards"]))
-        for i in tqdm(shards, desc="checking shards", leave=False, delay=2, disable=None):
-            self._shard(i)
 
     def _shard(self, i: int) -> Path:
         """A shard's path, after holding it against its SHA-256 once."""
@@ -70,39 +63,33 @@ class Store:
         """Tokens kept of each image of a split."""
         return (self.manifest["tokens_per_image"] if split == "train" else 0) or self.n_tokens
 
-    def shards(self, split: str, share: tuple[int, int] = (0, 1)):
-        """Activations of a split, raw, shard by shard: Float32[Tensor, "image step token channel"].
-
-        `share` (index, n) gives each n-th shard, from the index-th on.
-        """
+    def shards(self, split: str, share=(0, 1)):
+        """Raw activations, each n-th shard of `share` (index, n): (image, step, token, channel)."""
         own = self._shards_of(split)[share[0] :: share[1]]
         return (load_tensors(self._shard(i), ("h",))[0]["h"].float() for i in own)
 
     def tokens(self, split: str) -> np.ndarray:
         """Which tokens of each image were kept, int, (image, token)."""
-        shards = self._shards_of(split)
         if self.tokens_kept(split) == self.n_tokens:
             return np.tile(np.arange(self.n_tokens), (self.n_images(split), 1))
-        tokens = [load_tensors(self._shard(i), ("tokens",))[0]["tokens"].numpy() for i in shards]
-        return np.concatenate(tokens)
+        paths = map(self._shard, self._shards_of(split))
+        return np.concatenate([load_tensors(path, ("tokens",))[0]["tokens"] for path in paths])
 
     def images(self, split: str, rows=slice(None)) -> np.ndarray:
         """A split's images, or `rows` of them: float32, (image, height, width, 3), in [0, 1]."""
         if split == "train" and not self.manifest["train_images"]:
             raise ValueError("train_images was false when they were collected; they are not there")
-        every = self._places(split)
-        places = [every[n] for n in np.arange(len(every))[rows]]
-        shape = load_rows(self._shard(every[0][0]), "images", [0])[0].shape
-        out = np.empty((len(places), *shape), np.float32)
-        for n, image in self._rows(places, "images"):
-            out[n] = image
+        places = self._places(split)
+        chosen = [places[n] for n in np.arange(len(places))[rows]]
+        shape = load_rows(self._shard(places[0][0]), "images", [0])[0].shape
+        out = self._fill(np.empty((len(chosen), *shape), np.float32), chosen, "images")
         out /= 255
         return out
 
     def _shards_of(self, split: str) -> list[int]:
         one_of("split", split, SPLITS)
-        of_shard = enumerate(self.manifest["images_of_shard"])
-        return [i for i, images in of_shard if self.split[images[0]] == split]
+        every = enumerate(self.manifest["images_of_shard"])
+        return [i for i, images in every if self.split[images[0]] == split]
 
     def _places(self, split: str) -> list[tuple[int, int]]:
         """Shard and row of each image of a split."""
@@ -111,65 +98,51 @@ class Store:
         n_images = [len(images) for images in self.manifest["images_of_shard"]]
         return [(i, row) for i in self._shards_of(split) for row in range(n_images[i])]
 
-    def _rows(self, places, name: str):
-        """The numbers of places (shard, row) and what a tensor holds there, shard by shard."""
+    def _fill(self, out, places, name: str):
+        """`out`, filled with what a tensor holds at places (shard, row), read shard by shard."""
         of_shard: dict[int, list[tuple[int, int]]] = {}
         for n, (i, row) in enumerate(places):
             of_shard.setdefault(i, []).append((n, row))
         for i, here in sorted(of_shard.items()):
             numbers, rows = zip(*here)
-            yield from zip(numbers, load_rows(self._shard(i), name, list(rows)))
+            for n, entry in zip(numbers, load_rows(self._shard(i), name, list(rows))):
+                out[n] = entry
+        return out
 
-    def batches(
-        self,
-        split: str,
-        batch_size: int,
-        seed: int = 0,
-        start: int = 0,
-        share: tuple[int, int] = (0, 1),
-        buffer_bytes: int = 2**30,
-    ):
+    def batches(self, split, batch_size, seed=0, start=0, share=(0, 1), buffer_bytes=2**30):
         """Endless shuffled trajectories, raw: Float32[Tensor, "batch_size step channel"].
 
-        Images come in a random order over all shards, are read through memory maps into a buffer of
-        `buffer_bytes` (a second one is filled meanwhile), and their trajectories are mixed there;
-        each epoch has every one once.
-        The first `start` batches are left out, unread: there a stopped training goes on. `share`
-        (index, n) gives only the index-th of n equal parts of every batch, to one of n processes.
+        Images of all shards come in a random order into a buffer of `buffer_bytes` (a second one is
+        filled meanwhile), where their trajectories are mixed; each epoch has every one once. The
+        first `start` batches are left out, unread. `share` (index, n) gives the index-th of n equal
+        parts of every batch.
         """
         index, n = share
         if batch_size % n:
             refuse("sae_batch_size", batch_size, f"a multiple of {n}, the number of processes")
-        part = slice(index * batch_size // n, (index + 1) * batch_size // n)
+        low, high = index * batch_size // n, (index + 1) * batch_size // n
         with ThreadPoolExecutor(1) as reader:
             buffers = self._buffers(split, seed, start * batch_size, buffer_bytes)
-            ahead, left = reader.submit(next, buffers), None
+            ahead = reader.submit(next, buffers)
+            begun, size = [], 0  # our parts of a batch that earlier buffers began, and its rows
             while True:
                 buffer, rows = ahead.result()
                 ahead = reader.submit(next, buffers)
-                first = 0
-                if left is not None:  # a batch that began in the buffer before
-                    first = batch_size - len(left)
-                    left = torch.cat([left, _gather(buffer, rows[:first])])
-                    if len(left) == batch_size:
-                        yield left[part].float()
-                        left = None
-                while left is None and first + batch_size <= len(rows):
-                    yield _gather(buffer, rows[first : first + batch_size][part]).float()
-                    first += batch_size
-                if left is None and first < len(rows):
-                    left = _gather(buffer, rows[first:])
+                for here in rows.tensor_split([*range(batch_size - size, len(rows), batch_size)]):
+                    own = here[max(0, low - size) : max(0, high - size)]
+                    begun.append(_gather(buffer, own).float())
+                    size += len(here)
+                    if size == batch_size:
+                        yield begun[0] if len(begun) == 1 else torch.cat(begun)
+                        begun, size = [], 0
 
     def _buffers(self, split: str, seed: int, position: int, buffer_bytes: int):
-        """Endless buffers of images (image, step, token, channel) and orders of their trajectories.
-
-        `position` trajectories are left out at the beginning.
-        """
+        """Endless buffers (image, step, token, channel) and orders of their trajectories."""
         places, n_tokens = self._places(split), self.tokens_kept(split)
         size = bytes_per_image(self.n_steps, n_tokens, self.channels, self.dtype)
         at_once = max(1, buffer_bytes // size)
         small = len(places) <= at_once  # then it is read once and kept
-        whole = self._read(places, n_tokens) if small else None
+        buffer = self._read(places, n_tokens) if small else None
         epoch, position = divmod(position, len(places) * n_tokens)
         while True:
             order = np.arange(len(places))
@@ -178,21 +151,18 @@ class Store:
             for b, first in enumerate(range(0, len(order), at_once)):
                 chosen = order[first : first + at_once]
                 n_rows = len(chosen) * n_tokens
-                if position >= n_rows:
-                    position -= n_rows
-                    continue
-                buffer = whole if small else self._read([places[i] for i in chosen], n_tokens)
-                rows = np.random.default_rng([seed, epoch, b]).permutation(n_rows)
-                yield buffer, torch.from_numpy(rows[position:])
-                position = 0
+                if position < n_rows:
+                    if not small:
+                        buffer = self._read([places[i] for i in chosen], n_tokens)
+                    rows = np.random.default_rng([seed, epoch, b]).permutation(n_rows)
+                    yield buffer, torch.from_numpy(rows[position:])
+                position = max(0, position - n_rows)
             epoch += 1
 
     def _read(self, places, n_tokens: int) -> torch.Tensor:
         """Activations of images at places (shard, row): (place, step, token, channel)."""
-        out = torch.empty(len(places), self.n_steps, n_tokens, self.channels, dtype=self.dtype)
-        for n, h in self._rows(places, "h"):
-            out[n] = h
-        return out
+        shape = len(places), self.n_steps, n_tokens, self.channels
+        return self._fill(torch.empty(shape, dtype=self.dtype), places, "h")
 
 
 def _gather(buffer: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
