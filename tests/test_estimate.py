@@ -47,24 +47,24 @@ def test_sizes_are_those_that_are_then_stored(given, pipe, tmp_path, further):
     plan = jobs.plan_of(estimate.parameters_for("01", "any"))
     collect(plan, pipe)
     every = [t for folder in plan.taps for t in stored(folder)]
-    assert needs.activations_on_disk_bytes == sum(t["h"].nbytes for t in every)
+    assert needs["activations on disk, B"] == sum(t["h"].nbytes for t in every)
     pictures = sum(t["images"].nbytes for t in every if "images" in t)
-    assert needs.images_on_disk_bytes == pictures > 0
-    assert (needs.images, needs.numbers_a_trajectory) == (15, 3 * 32)
-    assert needs.sae_on_disk_bytes == (2 * 96 + 1) * 64 * 4
-    assert needs.moments_on_disk_bytes == 2 * 2 * 3 * 32 * 32 * 8
-    assert needs.notebook_05_memory_bytes == 2 * 5 * 4 * 6 * 96 * 4
+    assert needs["images on disk, B"] == pictures > 0
+    assert (needs["images"], needs["numbers a trajectory"]) == (15, 3 * 32)
+    assert needs["SAE on disk, B"] == (2 * 96 + 1) * 64 * 4
+    assert needs["moments on disk, B"] == 2 * 2 * 3 * 32 * 32 * 8
+    assert needs["notebook 05 memory, B"] == 2 * 5 * 4 * 6 * 96 * 4
 
 
 def test_operations_are_those_of_the_denoiser_for_every_step(given, pipe):
     with estimate.FlopCounterMode(display=False) as counted, torch.no_grad():
         pipe.unet(torch.zeros(2, 4, 8, 12), 1, torch.zeros(2, 32, 16))
     needs = estimate.estimate("any", pipe, tflops=2.0)
-    assert needs.collecting_an_image_flop == 4 * counted.get_total_flops()
-    hours = 15 * needs.collecting_an_image_flop / 2e12 / 3600
-    assert math.isclose(needs.collecting_hours, hours)
+    assert needs["collecting an image, FLOP"] == 4 * counted.get_total_flops()
+    hours = 15 * needs["collecting an image, FLOP"] / 2e12 / 3600
+    assert math.isclose(needs["collecting hours"], hours)
     # by hand: 10 updates of 32 trajectories, 96 × 64 products, 2 operations each, encoder and twice
-    assert math.isclose(needs.training_hours, 10 * 32 * 96 * 64 * 2 * 2 / 2e12 / 3600)
+    assert math.isclose(needs["training hours"], 10 * 32 * 96 * 64 * 2 * 2 / 2e12 / 3600)
 
 
 def test_peak_memory_counts_what_is_alive_at_once():
@@ -101,11 +101,12 @@ def test_a_rate_that_cannot_be_is_named(given, monkeypatch, tflops):
 
 
 def test_figures_are_said_with_units():
-    values = [15, 640, 41e9, 2e9, 2.5e12, 3.25, 8e9, 0.5, 3e6, 3e6, 9e6, 1e6, 5e7]
-    lines = str(estimate.Needs(*values)).splitlines()
-    assert len(lines) == len(values)
+    needs = {"images": 1500, "activations on disk, B": 41e9, "collecting an image, FLOP": 2.5e12}
+    needs |= {"collecting hours": 3.25, "collecting GPU memory, B": 8e9, "SAE on disk, B": 3e6}
+    lines = estimate.in_words(needs).splitlines()
+    assert len(lines) == len(needs)
     said = {line[:33].strip(): line[33:].strip() for line in lines}
-    assert said["images"] == "15"
+    assert said["images"] == "1,500"
     assert said["activations on disk"] == "41.00 GB"
     assert said["collecting an image"] == "2.50 TFLOP"
     assert said["collecting hours"] == "3.25"

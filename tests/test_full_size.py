@@ -68,9 +68,9 @@ def test_estimate_at_full_size(full_size, name):
     assert round(sum(p.numel() for p in full_size.unet.parameters()) / 1e6) == 860  # as published
     needs, p = estimate.estimate(name, full_size), parameters_for("01", name)
     n_images = p["n_train"] + p["n_validation"] + p["n_test"]
-    assert needs.activations_on_disk_bytes == n_images * 5 * 64 * 1280 * 2
-    assert needs.numbers_a_trajectory == 6400 and hooks_on(full_size.unet) == 0
-    print(f"\n{name}\n{needs}")
+    assert needs["activations on disk, B"] == n_images * 5 * 64 * 1280 * 2
+    assert needs["numbers a trajectory"] == 6400 and hooks_on(full_size.unet) == 0
+    print(f"\n{name}\n{estimate.in_words(needs)}")
 
 
 def test_notebooks_at_full_size(full_size, tmp_path, capsys):

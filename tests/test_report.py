@@ -66,7 +66,8 @@ def cells(text):
 
 
 def test_a_table_is_markdown_with_estimates_and_their_intervals():
-    header, rule, *rows = cells(report.table(["", "EV"], [["raw", [0.5, 0.25, 1.0]], ["no", ""]]))
+    measured = [{"": "raw", "EV": [0.5, 0.25, 1.0]}, {"": "no", "EV": ""}]
+    header, rule, *rows = cells(report.table(measured))
     assert header == ["", "EV"] and all(set(cell) <= set("-:") for cell in rule)
     assert rows == [["raw", "0.500 [0.250, 1.000]"], ["no", ""]]
 

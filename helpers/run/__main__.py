@@ -1,8 +1,4 @@
-"""Run notebooks 01 to 06 with a file of parameters.
-
-python -m helpers.run demo              # notebooks/parameters/demo.yaml; what is done is skipped
-python -m helpers.run demo --publish    # and put the outputs into the committed notebooks
-"""
+"""Run notebooks 01 to 06 with a file of parameters; what is done is skipped."""
 
 import argparse
 import sys
@@ -13,18 +9,16 @@ from helpers.run.parameters import load_parameters
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser("python -m helpers.run", description="Run notebooks 01 to 06.")
-    parser.add_argument(
-        "parameters", help="a file of notebooks/parameters without .yaml, or a path"
-    )
+    parser = argparse.ArgumentParser("python -m helpers.run", description=__doc__)
+    parser.add_argument("parameters", help="a file in notebooks/parameters, or a path to one")
     parser.add_argument("--publish", action="store_true", help="renew the committed notebooks")
-    arguments = parser.parse_args()
+    given = parser.parse_args()
     start = time.perf_counter()
     try:
-        copies = notebooks.execute(arguments.parameters)
-        if arguments.publish:
+        copies = notebooks.execute(given.parameters)
+        if given.publish:
             notebooks.publish(copies)
-            notebooks.publish_results(load_parameters(arguments.parameters)["run"])
+            notebooks.publish_results(load_parameters(given.parameters)["run"])
     except (RuntimeError, ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     seconds = time.perf_counter() - start

@@ -1,10 +1,4 @@
-"""A run: the folder in which notebooks hand on files, each held against what it was made from.
-
-`runs/<run>/` holds those files, `metrics/<notebook>.json` with the figures that each reports, and
-`notebooks/` with the executed copies; its plots are in `figures/<run>/`.
-"""
-
-from __future__ import annotations
+"""A run: the folder in which notebooks hand on files, each held against what it was made from."""
 
 import os
 import platform
@@ -36,40 +30,33 @@ FILES = {  # what a run hands on: its file, and the notebook that writes it
     "sae": ("sae.safetensors", "03_train_residual_sae"),
     "latents": ("latents.json", "05_spatiotemporal_heatmaps"),
 }
-BASELINES = "04_reconstruction_ablation"
 PACKAGES = ("torch", "diffusers", "transformers", "numpy", "scikit-learn", "safetensors")
 
 
 class Run:
     """One notebook at work in one run: its checked parameters, and the files it reads and writes.
 
-    `namespace` is the notebook's `globals()`, or a dict of its parameters; `run` may have been
-    replaced by this object. ValueError names a parameter of the wrong type, out of range or none of
-    the notebook's, or a folder that cannot be written in; nothing has been begun then.
+    `namespace` is the notebook's `globals()`, where `run` may be this object by now, or a dict of
+    its parameters. ValueError names a wrong, absent or unknown parameter, or a read-only folder.
     """
 
     def __init__(self, notebook: str, namespace: dict):
         known = _parameters.parameters_of(_parameters.NOTEBOOKS / f"{notebook}.ipynb")
         _parameters.refuse_unknown(_parameters.injected(namespace), known)
-        missing = [name for name in known if name not in namespace]
-        if missing:
-            raise ValueError(f"{missing[0]} has no value; run the parameters cell first")
+        for name in known:
+            if name not in namespace:
+                raise ValueError(f"{name} has no value; run the parameters cell first")
         values = {name: namespace[name] for name in known}
         if isinstance(values["run"], Run):
             values["run"] = values["run"].name
-        self.notebook = notebook
         self.parameters = _parameters.checked(values, known)
-        self.name = values["run"]
+        self.notebook, self.name = notebook, values["run"]
         self.folder, self.figures = run_folder(self.name), figures_folder(self.name)
         for folder in (self.folder, self.figures):
             there = next(p for p in (folder, *folder.parents) if p.exists())
             if not there.is_dir() or not os.access(there, os.W_OK):
                 refuse("run", self.name, f"in a folder that can be written in; {there} is not")
-        self.device = choose_device(values["device"])
-        self.dtype = choose_dtype(values["dtype"])
-
-    def __repr__(self) -> str:
-        return f"Run({self.notebook!r}, {self.name!r})"
+        self.device, self.dtype = choose_device(values["device"]), choose_dtype(values["dtype"])
 
     def path(self, what: str) -> Path:
         """Where a file of the run lies: one of FILES, or a baseline by its name."""
@@ -93,27 +80,13 @@ class Run:
 
     @cached_property
     def _trained(self) -> tuple[Dictionary, dict]:
+        """The dictionary of notebook 03 on the run's device, and what was written beside it."""
         return self._read(Dictionary.load, "sae", "predictors")
 
-    @property
-    def dictionary(self) -> Dictionary:
-        """The dictionary of notebook 03, on the run's device."""
-        return self._trained[0]
-
-    @property
-    def record(self) -> dict:
-        """What notebook 03 wrote beside its dictionary: config, history, block_exponent."""
-        return self._trained[1]
-
-    @property
-    def config(self) -> TrainConfig:
-        """The training configuration of notebook 03."""
-        return TrainConfig(**self.record["config"])
-
-    @property
-    def history(self) -> History:
-        """How the training of notebook 03 went."""
-        return History(**self.record["history"])
+    dictionary = property(lambda self: self._trained[0])
+    record = property(lambda self: self._trained[1])  # with config, history and block_exponent
+    config = property(lambda self: TrainConfig(**self.record["config"]))
+    history = property(lambda self: History(**self.record["history"]))
 
     def baseline(self, name: str) -> Dictionary:
         """A dictionary that notebook 04 made beside that of 03, such as "raw concat"."""
@@ -134,8 +107,8 @@ class Run:
 
     def pipeline(self):
         """The diffusion model: `model` in notebook 01, afterwards the one that was recorded."""
-        about = self.parameters if "model" in self.parameters else self.store.manifest
         p = self.parameters
+        about = p if "model" in p else self.store.manifest
         return load_model(about["model"], p["device"], p["dtype"], about["revision"])
 
     def _read(self, load, what: str, *made_from: str) -> tuple:
@@ -145,7 +118,7 @@ class Run:
         return found.to(self.device), record
 
     def _hold(self, what: str, record: dict, *made_from: str) -> None:
-        notebook = FILES.get(what, ("", BASELINES))[1]
+        notebook = FILES.get(what, ("", "04_reconstruction_ablation"))[1]
         for source in made_from:
             if record.get(source) != fingerprint(self.path(source)):
                 again = f"{notebook} read another one, so run {notebook} again"
@@ -204,11 +177,11 @@ def fingerprint(path: str | Path) -> str:
 
 def peak_memory(device: str = "cpu") -> str:
     """The most memory this process has held so far, in words."""
-    import resource
+    import resource  # not on Windows
 
     unit = 1 if sys.platform == "darwin" else 1024
-    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
-    words = f"{held:.2f} GB of memory"
+    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    words = f"{held / 1e9:.2f} GB of memory"
     if str(device).startswith("cuda"):
         on_card = torch.cuda.max_memory_allocated(device) / 1e9
         words += f", {on_card:.2f} GB on {torch.cuda.get_device_name(device)}"

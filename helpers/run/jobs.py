@@ -4,14 +4,11 @@
     accelerate launch --num_processes 8 -m helpers.run.jobs moments sd15
     accelerate launch --num_processes 8 -m helpers.run.jobs train sd15
 
-Without a GPU: `torchrun --nproc_per_node 2 -m helpers.run.jobs …`, since accelerate alone starts
-one process there. The last argument is a file of notebooks/parameters, as for `make run`. Machines
-that share a disk each take a part of a collection: `--shard_index 0 --num_shards 4` on the first of
-four. From a notebook, before anything has used the GPU:
+Without a GPU, `torchrun --nproc_per_node 2` starts two processes, accelerate only one. Machines
+that share a disk each collect a part: `--shard_index 0 --num_shards 4` on the first of four. From a
+notebook, before anything has used the GPU:
 `accelerate.notebook_launcher(jobs.collect, (parameters_for("01", "sd15"),), num_processes=8)`.
 """
-
-from __future__ import annotations
 
 import argparse
 import itertools
@@ -52,19 +49,15 @@ def plan_of(parameters: dict) -> Plan:
     A hub model's revision is on record once the model has been loaded, so load it before.
     """
     p = parameters
-    prompts, seeds, splits = prompts_of(p)
+    revision = resolved_revision(p["model"], p["revision"])
     return Plan(
-        taps=taps_of(p),
-        prompts=prompts,
-        seeds=seeds,
-        splits=splits,
+        taps_of(p),
+        *prompts_of(p),
         steps=kept_steps(p["steps"], p["num_inference_steps"], p["n_keep"]),
         sampling=sampling_of(p),
-        batch_size=p["batch_size"],
         store_dtype=choose_dtype(p["store_dtype"], name="store_dtype"),
-        tokens_per_image=p["tokens_per_image"],
-        train_images=p["train_images"],
-        about={"model": p["model"], "model_dtype": p["dtype"]} | _revision_of(p),
+        about={"model": p["model"], "model_dtype": p["dtype"], "revision": revision},
+        **{name: p[name] for name in ("batch_size", "tokens_per_image", "train_images")},
     )
 
 
@@ -80,9 +73,9 @@ def prompts_of(parameters: dict) -> tuple[list[str], list[int], list[str]]:
         prompts = [""] * n
     else:
         prompts = read_prompts(p["prompts"], n, p["prompt_column"])
-        if len(prompts) < n:
-            wanted = f"at least {n}, which n_train + n_validation + n_test make"
-            refuse(f"the number of prompts in {p['prompts']!r}", len(prompts), wanted)
+    if len(prompts) < n:
+        wanted = f"at least {n}, which n_train + n_validation + n_test make"
+        refuse(f"the number of prompts in {p['prompts']!r}", len(prompts), wanted)
     return prompts, [p["seed"] * 1_000_000 + i for i in range(n)], splits
 
 
@@ -101,31 +94,20 @@ def taps_of(parameters: dict) -> dict[Path, Tap]:
     ValueError for an entry of `also` that describes no tap, or whose run is taken.
     """
     p = parameters
-    branch = "conditional" if p["branch"] == "both" else p["branch"]
-    own = Tap(p["hookpoint"], p["signal"], branch)
-    taps = {_trajectories(p["run"]): own}
-    if p["branch"] == "both":
-        taps[_trajectories(f"{p['run']}-unconditional")] = own._replace(branch="unconditional")
+    both = p["branch"] == "both"
+    own = Tap(p["hookpoint"], p["signal"], "conditional" if both else p["branch"])
+    taps = {run_folder(p["run"]): own}
+    if both:
+        taps[run_folder(f"{p['run']}-unconditional")] = own._replace(branch="unconditional")
     for run, given in p["also"].items():
-        if _trajectories(run) in taps:
+        if run_folder(run) in taps:
             refuse("also", run, "a run that no other tap is written to")
         tap = {"hookpoint": given} if isinstance(given, str) else given
-        try:
-            taps[_trajectories(run)] = Tap(**tap)
-            described = all(isinstance(value, str) for value in tap.values())
-        except TypeError:
-            described = False
-        if not described:
+        named = isinstance(tap, dict) and "hookpoint" in tap and set(tap) <= set(Tap._fields)
+        if not named or not all(isinstance(value, str) for value in tap.values()):
             refuse(f"also: {run}", given, "a hookpoint, or hookpoint, signal and branch by name")
-    return taps
-
-
-def _trajectories(run: str) -> Path:
-    return run_folder(run) / "trajectories"
-
-
-def _revision_of(p: dict) -> dict:
-    return {"revision": resolved_revision(p["model"], p["revision"])}
+        taps[run_folder(run)] = Tap(**tap)
+    return {folder / "trajectories": tap for folder, tap in taps.items()}
 
 
 def accelerator_of(parameters: dict) -> Accelerator | None:
@@ -150,15 +132,12 @@ def collect(parameters: dict, pipe=None, share: tuple[int, int] = (0, 1)) -> dic
     accelerator = accelerator_of(p)
     device = str(accelerator.device) if accelerator else p["device"]
     pipe = pipe or load_model(p["model"], device, p["dtype"], p["revision"])
-    plan.about |= _revision_of(p)
+    plan.about["revision"] = resolved_revision(p["model"], p["revision"])
     return collecting.collect(plan, pipe, accelerator=accelerator, share=share)
 
 
 def moments(parameters: dict) -> tuple[Moments, Moments]:
-    """Sums over a run's training and validation images, each process its share of the shards.
-
-    They are kept in `runs/<run>/moments/`, where notebook 02 finds them.
-    """
+    """Sums over training and validation images, each process its share; notebook 02 finds them."""
     run, accelerator = Run("02_fit_predictors", parameters), accelerator_of(parameters)
     store, device = run.store, accelerator.device if accelerator else run.device
 
@@ -168,10 +147,10 @@ def moments(parameters: dict) -> tuple[Moments, Moments]:
         if shift is None:  # the first shard's mean, which all processes need
             shift = accumulate(itertools.islice(store.shards(split), 1)).shift
         own = store.shards(split, (accelerator.process_index, accelerator.num_processes))
-        first = next(own, None)  # None where there are more processes than shards
-        if first is None:
-            return Moments.none(shift).summed(accelerator)
-        return accumulate(itertools.chain([first], own), shift, device).summed(accelerator)
+        first = list(itertools.islice(own, 1))  # none where there are more processes than shards
+        own = itertools.chain(first, own)
+        sums = accumulate(own, shift, device) if first else Moments.none(shift)
+        return sums.summed(accelerator)
 
     def sums_of(split: str, shift=None) -> Moments:
         path = run.folder / "moments" / f"{split}.safetensors"
@@ -182,10 +161,7 @@ def moments(parameters: dict) -> tuple[Moments, Moments]:
 
 
 def train(parameters: dict) -> tuple[Dictionary, History]:
-    """Train a run's residual dictionary with notebook 03's parameters, data parallel.
-
-    Its checkpoints let the notebook find it done.
-    """
+    """Train a run's residual dictionary, data parallel; by its checkpoints notebook 03 finds it."""
     run, accelerator = Run("03_train_residual_sae", parameters), accelerator_of(parameters)
     return train_dictionary(
         run.store,
@@ -200,21 +176,19 @@ def train(parameters: dict) -> tuple[Dictionary, History]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="accelerate launch -m helpers.run.jobs", description=__doc__.splitlines()[0]
-    )
-    parser.add_argument("job", choices=("collect", "moments", "train"))
+    jobs = {"collect": ("01", collect), "moments": ("02", moments), "train": ("03", train)}
+    launcher, told = "accelerate launch -m helpers.run.jobs", __doc__.splitlines()[0]
+    parser = argparse.ArgumentParser(launcher, description=told)
+    parser.add_argument("job", choices=jobs)
     parser.add_argument("parameters", help="a file in notebooks/parameters, or a path to one")
     parser.add_argument("--shard_index", type=int, default=0, help="collect: this machine's part")
     parser.add_argument("--num_shards", type=int, default=1, help="collect: machines on one disk")
     given = parser.parse_args()
-    notebook = {"collect": "01", "moments": "02", "train": "03"}[given.job]
+    notebook, job = jobs[given.job]
+    share = {"share": (given.shard_index, given.num_shards)} if given.job == "collect" else {}
     try:
         parameters = parameters_for(notebook, given.parameters)
-        if given.job == "collect":
-            collect(parameters, share=(given.shard_index, given.num_shards))
-        else:
-            {"moments": moments, "train": train}[given.job](parameters)
+        job(parameters, **share)
         if os.environ.get("RANK", "0") == "0":
             held = peak_memory(choose_device(parameters["device"]))
             print(f"{given.job}: done; this process held at most {held}", flush=True)

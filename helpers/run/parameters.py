@@ -1,7 +1,5 @@
 """The notebooks' parameters: types as the parameters cell writes them, ranges in one table."""
 
-from __future__ import annotations
-
 import ast
 import math
 from functools import partial
@@ -15,19 +13,11 @@ from helpers.checks import DTYPES, choose_device, in_range, nearest, one_of, pos
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = ROOT / "notebooks"
 
-AT_LEAST_ONE = (
-    *("n_train", "n_validation", "n_test", "num_inference_steps", "n_keep", "batch_size"),
-    *("n_timings", "n_latents", "k", "n_updates", "sae_batch_size", "dead_after", "accumulate"),
-    *("ablate_k", "ablate_n_latents", "n_replaced", "n_shuffles"),
-    *("n_examples", "n_targets", "n_autoencoder_steps", "autoencoder_batch_size", "n_scenes"),
-    *("n_denoiser_steps", "sampling_batch_size"),
-)
 AT_LEAST_ZERO = (
     *("height", "width", "tokens_per_image", "steps", "guidance_scale", "one_step_factor"),
     *("ridge_strengths", "layout_from"),
 )
 RULES = {  # parameter -> what refuses a bad value of it, or a bad entry if it is a list
-    **dict.fromkeys(AT_LEAST_ONE, partial(in_range, low=1)),
     **dict.fromkeys(AT_LEAST_ZERO, partial(in_range, low=0)),
     **dict.fromkeys(("ablate_n_keep", "n_steered"), partial(in_range, low=2)),
     **dict.fromkeys(("learning_rate", "strengths"), positive),
@@ -42,6 +32,7 @@ RULES = {  # parameter -> what refuses a bad value of it, or a bad entry if it i
     "store_dtype": partial(one_of, valid=tuple(DTYPES)),
     "device": lambda name, value: choose_device(value),
 }
+ANY_OTHER_COUNT = partial(in_range, low=1)  # the rule of whole numbers that have none of their own
 NEVER_EMPTY = ("strengths", "hookpoint", "model", "prompts")
 
 KINDS = {  # type as written -> whether a value is of it, in words
@@ -82,9 +73,9 @@ def checked(values: dict, known: dict[str, tuple]) -> dict:
             refuse(name, value, valid + such_as)
         if name in NEVER_EMPTY and not value:
             refuse(name, value, f"{valid}, and not empty")
-        if name in RULES:
+        if name in RULES or "int" in kind:
             for entry in value if outer == "list" else [value]:
-                RULES[name](name, entry)
+                RULES.get(name, ANY_OTHER_COUNT)(name, entry)
     return values
 
 

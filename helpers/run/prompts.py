@@ -1,7 +1,5 @@
 """Prompts from text files, tables and datasets."""
 
-from __future__ import annotations
-
 import itertools
 import re
 from pathlib import Path
@@ -12,25 +10,18 @@ TABLES = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".json": "json", 
 
 
 def read_prompts(source: str | Path, n: int | None = None, column: str = "prompt") -> list[str]:
-    """The first `n` prompts of a file or dataset, blank ones left out.
+    """The first `n` prompts, blank ones left out: lines of a text file, or a column of a dataset.
 
-    Parameters
-    ----------
-    source : a text file, one prompt a line; a .csv, .tsv, .parquet, .json or .jsonl file; or the
-        name of a dataset on the Hugging Face hub, whose training split is streamed
-    column : str
-        Where the prompts are in a table or dataset.
-
-    Raises ValueError or FileNotFoundError, naming `source`, if there is no such file, column or
-    prompt.
+    A dataset is a file of one of TABLES, or a name on the Hugging Face hub, whose training split is
+    streamed. ValueError or FileNotFoundError, naming `source`: no such file, column or prompt.
     """
     path = Path(source).expanduser()
     if path.is_file() and path.suffix not in TABLES:
         try:
             rows = path.read_text("utf-8-sig").splitlines()
         except UnicodeDecodeError as error:
-            where = f"{error.reason} at byte {error.start}"
-            refuse("prompts", str(source), f"a text in UTF-8, or a table ({where})")
+            why = f"{error.reason} at byte {error.start}"
+            refuse("prompts", str(source), f"a text in UTF-8, or a table ({why})")
     elif path.is_file() or (re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and not path.suffix):
         rows = _column(source, path, column)
     else:
@@ -50,14 +41,14 @@ def _column(source: str | Path, path: Path, column: str):
     name, options = str(source), {}
     if path.is_file():
         name, options = TABLES[path.suffix], {"data_files": str(path)}
-        if path.suffix == ".tsv":
-            options["sep"] = "\t"
+    if path.suffix == ".tsv":
+        options["sep"] = "\t"
     try:
         table = datasets.load_dataset(name, split="train", streaming=True, **options)
-        first = next(iter(table), None)
+        first = next(iter(table), {column: None})
     except Exception as error:  # whatever a parser or the network makes of it
         why = (str(error) or type(error).__name__).splitlines()[0][:200]
         refuse("prompts", str(source), f"a table, or a dataset with a training split ({why})")
-    if first is not None and column not in first:
+    if column not in first:
         refuse("prompt_column", column, f"a column of {source}: {', '.join(first)}")
     return (None if row[column] is None else str(row[column]) for row in table)
