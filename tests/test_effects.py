@@ -27,11 +27,11 @@ def test_weights_at_pixels_are_those_of_the_token_that_holds_the_pixels_centre(g
             row = int((y + 0.5) * grid[0] / size[0])
             column = int((x + 0.5) * grid[1] / size[1])
             expected[:, y, x] = weights[:, row * grid[1] + column]
-    found = effects.upsample(weights, grid, size)
-    np.testing.assert_array_equal(found, expected)
-    if size[0] % grid[0] == size[1] % grid[1] == 0:
-        ones = np.ones((size[0] // grid[0], size[1] // grid[1]))
-        np.testing.assert_array_equal(found[0], np.kron(weights[0].reshape(grid), ones))
+    before, after = np.random.default_rng(1).random((2, 2, *size, 3))
+    change, total = effects.measure(Words(), "word=dog", before, after, weights, grid)["inside"]
+    changes = abs(after - before).mean(-1)
+    np.testing.assert_allclose(change, (changes * expected).sum((1, 2)))
+    np.testing.assert_allclose(total, expected.sum((1, 2)))
 
 
 def test_change_inside_and_outside_worked_by_hand():

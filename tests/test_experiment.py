@@ -134,7 +134,7 @@ def test_projecting_out_a_difference_of_class_means(lab, residual):
     means = {t: experiment.ClassMeans(*torch.randn(2, 2, 32)) for t in "ab"}
     found = lab.without_direction({"b": [2], "a": [1, 3]}, means, amount=2.0)
     lacking = residual.unstandardise(means["a"].lacking)
-    direction = residual.unstandardise(means["a"].having) - lacking
+    direction = residual.scale[:, None] * means["a"].difference
     direction, centre = (steering.at_every_step(v, [0, 2], 3) for v in (direction, lacking))
     texts, seeds = [lab.pool.prompts[i] for i in (1, 3)], [SEEDS[i] for i in (1, 3)]
     expected = steering.project_out(
@@ -165,7 +165,6 @@ def test_class_means_worked_by_hand(residual):
     x = residual.standardise(h.transpose(1, 2))  # (image, token, step, channel)
     assert list(found) == ["colour=red", "colour=blue", "background=sky"]
     red = (x[0, 0] + x[1, 0] + x[1, 1]) / 3
-    torch.testing.assert_close(found["colour=red"].having, red)
     torch.testing.assert_close(found["colour=red"].lacking, x[0, 1])
     torch.testing.assert_close(found["colour=red"].difference, red - x[0, 1])
     torch.testing.assert_close(found["background=sky"].lacking, (x[1, 2] + x[1, 3]) / 2)

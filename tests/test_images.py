@@ -1,9 +1,6 @@
-import io
-
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
-from PIL import Image
 
 from helpers.plots import images
 
@@ -91,13 +88,6 @@ def test_an_image_of_one_channel_is_grey_on_the_scale_of_images():
     drawn = pixels(fig)
     plt.close(fig)
     assert (abs(drawn - 64) <= 1).all()
-
-
-def test_png_bytes_are_a_picture_and_the_figure_is_closed():
-    fig = plt.figure(figsize=(2, 1))
-    picture = Image.open(io.BytesIO(images.png(fig, dpi=50)))
-    assert picture.format == "PNG" and picture.size == (100, 50)
-    assert not plt.fignum_exists(fig.number)
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -1,11 +1,8 @@
 """What steering did to images, against the same images without it.
 
-What counts as success comes from a truth (`helpers.demo.truth.Scenes`, `helpers.measure.words.
-Words`); where it reads nothing, what is left to measure is how much the pixels changed, inside and
-outside the steered region.
+What counts as success comes from a truth, `Scenes` or `Words`; where it reads nothing, what is left
+to measure is how much the pixels changed, inside and outside the steered region.
 """
-
-from __future__ import annotations
 
 import numpy as np
 import torch
@@ -16,23 +13,19 @@ GAIN = "success × kept"
 ALL = "all targets"
 
 
-def upsample(weights: np.ndarray, grid: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
-    """Weights of tokens (image, token) at pixels (image, height, width): the centre's token's."""
-    values = torch.from_numpy(np.asarray(weights, float)).unflatten(1, tuple(grid))[:, None]
-    return torch.nn.functional.interpolate(values, size, mode="nearest-exact")[:, 0].numpy()
-
-
 def measure(truth, target: str, before, after, weights, grid) -> dict:
-    """What steering in a region, weights (image, token), did to each image.
+    """What steering in a region, weights (image, token), did to each image, (image,).
 
-    What the truth says of the outcome, each (image,), with 'success × kept'; and 'inside' and
-    'outside': sums of absolute pixel change and of weights.
+    The truth's outcome and its 'success × kept', if it has any; 'inside' and 'outside': sums of
+    absolute pixel change and of weights.
     """
     outcome = dict(truth.outcome(target, before, after))
     if outcome:
         outcome[GAIN] = outcome["success"] * outcome["kept"]
     change = abs(after - before).mean(-1)
-    pixels = upsample(weights, grid, before.shape[1:3])
+    tokens = torch.from_numpy(weights).double().unflatten(1, tuple(grid))[:, None]
+    pixels = torch.nn.functional.interpolate(tokens, change.shape[1:], mode="nearest-exact")
+    pixels = pixels[:, 0].numpy()  # each has the weight of the token that holds its centre
     for name, w in (("inside", pixels), ("outside", 1 - pixels)):
         outcome[name] = ((change * w).sum((1, 2)), w.sum((1, 2)))
     return outcome
@@ -48,19 +41,15 @@ def summary(measured: dict) -> dict[str, metrics.Estimate]:
 
 def left_over(measured: dict) -> dict[str, metrics.Estimate]:
     """The same of images from which the target was to go: its success is that it is still there."""
-    found = summary({n: v for n, v in measured.items() if n != GAIN})
-    return {"still there" if name == "success" else name: e for name, e in found.items()}
+    found = summary(measured)
+    return {"still there" if n == "success" else n: e for n, e in found.items() if n != GAIN}
 
 
 def joined(measured: list[dict]) -> dict:
     """What `measure` gives for several targets as if for one, as far as all have it."""
     names = [n for n in measured[0] if all(n in m for m in measured)] if measured else []
-    return {
-        name: tuple(np.concatenate(v) for v in zip(*(m[name] for m in measured)))
-        if isinstance(measured[0][name], tuple)
-        else np.concatenate([m[name] for m in measured])
-        for name in names
-    }
+    found = {name: np.concatenate([m[name] for m in measured], axis=-1) for name in names}
+    return {n: tuple(v) if isinstance(measured[0][n], tuple) else v for n, v in found.items()}
 
 
 def headline(summarised: dict) -> tuple[str, str]:
@@ -91,13 +80,13 @@ def edge(strength: float, strengths: list[float]) -> str:
 def compared(measured: dict[tuple[str, str], dict], ours: str) -> dict:
     """Success × kept of our direction less each rival's, paired by image, of what was `measure`d.
 
-    By (target, rival), and by ('all targets', rival) over the images of all; {} where nothing can
-    be judged.
+    By (target, rival) and ('all targets', rival); {} where nothing can be judged.
     """
-    pairs: dict[tuple[str, str], tuple] = {}
-    for (target, rival), theirs in measured.items():
-        if rival != ours and GAIN in theirs:
-            pairs[target, rival] = (measured[target, ours][GAIN], theirs[GAIN])
+    pairs = {
+        (target, rival): (measured[target, ours][GAIN], theirs[GAIN])
+        for (target, rival), theirs in measured.items()
+        if rival != ours and GAIN in theirs
+    }
     for rival in dict.fromkeys(r for _, r in pairs):
         own = [pair for (_, r), pair in pairs.items() if r == rival]
         pairs[ALL, rival] = tuple(np.concatenate(side) for side in zip(*own))
@@ -106,7 +95,7 @@ def compared(measured: dict[tuple[str, str], dict], ours: str) -> dict:
 
 def verdicts(differences: dict) -> dict[str, dict]:
     """For each rival of `compared`: how many targets we are ahead or behind on, and by how much."""
-    found: dict[str, dict] = {}
+    found = {}
     for rival in dict.fromkeys(r for _, r in differences):
         each = [e for (t, r), e in differences.items() if r == rival and t != ALL]
         found[rival] = {

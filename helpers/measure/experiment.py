@@ -4,9 +4,8 @@ An image is made once for each way to steer it, whichever section of a notebook 
 what is asked for at once is made in full batches, each image with its own direction and region.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -29,48 +28,39 @@ def choose_targets(best: dict, given: list[str], n: int) -> list[str]:
     for target in given:
         if target not in best:
             refuse("targets", target, f"labels that have latents, such as {nearest(target, best)}")
-
-    def detected(label):
-        return sum(best[label]["validation_auroc"][name] for name in ("residual", "raw")) / 2
-
-    of_attribute: dict[str, str] = {}
-    for label in sorted(best, key=detected, reverse=True):
+    auroc = {label: of["validation_auroc"] for label, of in best.items()}
+    of_attribute = {}
+    for label in sorted(best, key=lambda n: -auroc[n]["residual"] - auroc[n]["raw"]):
         of_attribute.setdefault(label.split("=")[0], label)
     return list(dict.fromkeys(given)) or list(of_attribute.values())[:n]
 
 
-@dataclass(frozen=True)
-class ClassMeans:
-    """Mean standardised trajectories (S, d) of tokens with a label, and of others of their kind."""
+class ClassMeans(NamedTuple):
+    """Mean standardised trajectory (S, d) of tokens that lack a label, and what having it adds."""
 
-    having: torch.Tensor
     lacking: torch.Tensor
-
-    @property
-    def difference(self) -> torch.Tensor:
-        """A dense direction that uses the labels, (S, d)."""
-        return self.having - self.lacking
+    difference: torch.Tensor
 
 
 def class_means(shards, labels: Labels, targets, coordinates) -> dict[str, ClassMeans]:
-    """Of each target that some tokens have and others lack.
+    """Of each target that some tokens have and others of their kind lack.
 
     `shards` hold the images that `labels` describe, raw, (image, step, token, channel).
     """
-    masks = {t: labels.contrast(t) for t in targets if t in labels.names}
-    masks = {t: pair for t, pair in masks.items() if all(mask.any() for mask in pair)}
-    totals = {t: [0.0, 0.0] for t in masks}
-    first = 0
+    masks = {t: np.stack(labels.contrast(t)) for t in targets if t in labels.names}
+    masks = {t: torch.from_numpy(pair) for t, pair in masks.items() if pair.any((1, 2)).all()}
+    totals, first = dict.fromkeys(masks, 0.0), 0
     for h in shards:
-        x, here = coordinates.standardise(h.transpose(1, 2)), slice(first, first + len(h))
+        x = coordinates.standardise(h.transpose(1, 2))
         for target, pair in masks.items():
-            for i, mask in enumerate(pair):
-                totals[target][i] = totals[target][i] + x[torch.from_numpy(mask[here])].sum(0)
+            here = pair[:, first : first + len(h)]  # (having or lacking, image, token)
+            totals[target] = totals[target] + torch.stack([x[mask].sum(0) for mask in here])
         first += len(h)
-    return {
-        target: ClassMeans(*(total / int(mask.sum()) for total, mask in zip(totals[target], pair)))
-        for target, pair in masks.items()
-    }
+    found = {}
+    for target, pair in masks.items():
+        having, lacking = (total / int(mask.sum()) for total, mask in zip(totals[target], pair))
+        found[target] = ClassMeans(lacking, having - lacking)
+    return found
 
 
 @dataclass(frozen=True)
@@ -79,23 +69,17 @@ class Pool:
 
     prompts: list[str]
     seeds: list[int]
-    images: np.ndarray
-    """float32, (image, height, width, 3), in [0, 1]."""
-    h: torch.Tensor
-    """Recorded with them, raw, (image, step, token, channel)."""
+    images: np.ndarray  # float32, (image, height, width, 3), in [0, 1]
+    h: torch.Tensor  # recorded with them, raw, (image, step, token, channel)
 
     @classmethod
-    def make(cls, pipe, store, prompts, seeds, batch_size: int) -> Pool:
+    def make(cls, pipe, store, prompts, seeds, batch_size: int) -> "Pool":
         """Generate and record images with the settings of a store, at its tap and steps."""
-        images, h = [], []
-        starts = range(0, len(prompts), batch_size)
+        made, starts = [], range(0, len(prompts), batch_size)
         for i in tqdm(starts, "unsteered images", leave=False, disable=None):
-            batch = slice(i, i + batch_size)
-            made = record(
-                pipe, prompts[batch], seeds[batch], store.tap, store.steps, **store.sampling
-            )
-            images.append(made[0])
-            h.append(made[1])
+            batch = (values[i : i + batch_size] for values in (prompts, seeds))
+            made.append(record(pipe, *batch, store.tap, store.steps, **store.sampling))
+        images, h, _ = zip(*made)
         return cls(list(prompts), list(seeds), np.concatenate(images), torch.cat(h))
 
 
@@ -104,14 +88,10 @@ class Push:
     """One way to steer: a direction added at a strength."""
 
     target: str
-    direction: str
-    """'residual latent', 'raw latent', 'class means' or 'random rows'."""
-    strength: float
-    """In units of the RMS norm of centred tokens."""
-    window: tuple[int, int] | None = None
-    """First and last denoising step; None for all."""
-    everywhere: bool = False
-    """Over the whole image, not in the target's region."""
+    direction: str  # 'residual latent', 'raw latent', 'class means' or 'random rows'
+    strength: float  # in units of the RMS norm of centred tokens
+    window: tuple[int, int] | None = None  # first and last denoising step; None for all
+    everywhere: bool = False  # over the whole image, not in the target's region
 
 
 @dataclass
@@ -119,36 +99,22 @@ class Experiment:
     """A pool, directions and regions, and the images made from them."""
 
     pipe: object
-    """The diffusion model."""
-    store: object
-    """The `Store` whose tap, steps, grid and sampling are used."""
-    coordinates: Coordinates
-    """Their scale and mean lead from standardised to raw units."""
-    truth: object
-    """What judges images, such as `helpers.demo.truth.Scenes`."""
+    store: object  # whose tap, steps, grid and sampling are used
+    coordinates: Coordinates  # whose scale and mean lead from standardised to raw units
+    truth: object  # what judges images, such as `helpers.demo.truth.Scenes`
     pool: Pool
-    directions: dict[tuple[str, str], torch.Tensor]
-    """(target, name) -> trajectory (S, d) in standardised units."""
-    weights: dict[str, np.ndarray]
-    """target -> how much each token belongs to the region that is steered, (image, token)."""
-    mode: str = "activation"
-    """'activation' adds u[s]; 'residual' only what each step adds to it."""
-    branch: str = "conditional"
-    """Which branch of guidance is steered, or 'both'."""
-    batch_size: int = 20
-    """Images made at once."""
-    made: dict[tuple[Push, int], np.ndarray] = field(default_factory=dict)
-    """(push, image of the pool) -> the steered image."""
-    n_made: int = 0
-    """Images generated so far, the pool's among them."""
+    directions: dict[tuple, torch.Tensor]  # (target, name) -> trajectory (S, d), standardised
+    weights: dict[str, np.ndarray]  # target -> share of each token that is steered, (image, token)
+    mode: str = "activation"  # adds u[s]; 'residual' only what each step adds to it
+    branch: str = "conditional"  # of guidance, that is steered, or 'both'
+    batch_size: int = 20  # images made at once
+    made: dict[tuple, np.ndarray] = field(default_factory=dict)  # (push, of the pool) -> image
+    n_made: int = 0  # images generated so far, the pool's among them
 
     def __post_init__(self):
         self.n_made += len(self.pool.images)
         self.directions = dict(self.directions)  # `latent_push` adds to them
-
-    @property
-    def n_steps(self) -> int:
-        return self.store.sampling["num_inference_steps"]
+        self.steps = (self.store.steps, self.store.sampling["num_inference_steps"])
 
     def make(self, wanted: dict[Push, list[int]]) -> None:
         """Generate the images of the pool that each push is wanted for, unless they are there."""
@@ -158,10 +124,10 @@ class Experiment:
         quiet = len(starts) < 2 or None  # None: shown in notebooks and terminals
         for start in tqdm(starts, "steered images", leave=False, disable=quiet):
             batch = tasks[start : start + self.batch_size]
-            additions = {push: self.addition(push) for push in dict.fromkeys(p for p, _ in batch)}
+            additions = {push: self.addition(push) for push in {push for push, _ in batch}}
             delta = torch.stack([additions[push] for push, _ in batch], dim=1)[:, :, None]
-            mask = np.stack([self.mask(push)[i] for push, i in batch])
-            images = self.edit(steering.steer, [i for _, i in batch], delta, mask=mask)
+            weights = [np.where(p.everywhere, 1, self.weights[p.target][i]) for p, i in batch]
+            images = self.edit(steering.steer, [i for _, i in batch], delta, mask=weights)
             self.made |= zip(batch, images)
 
     def images(self, push: Push, picks) -> np.ndarray:
@@ -179,32 +145,19 @@ class Experiment:
         """What a push adds at every denoising step, raw units, (step, channel)."""
         u = self.directions[push.target, push.direction]
         u = steering.only_new(u, self.coordinates) if self.mode == "residual" else u
-        delta = steering.addition(
-            u, self.coordinates, self.store.steps, self.n_steps, push.strength
-        )
-        first, last = steering.check_window(push.window or (0, self.n_steps - 1), self.n_steps)
-        delta[:first], delta[last + 1 :] = 0, 0
+        delta = steering.addition(u, self.coordinates, *self.steps, push.strength)
+        if push.window is not None:
+            first, last = steering.check_window(push.window, len(delta))
+            delta[:first], delta[last + 1 :] = 0, 0
         return delta
-
-    def mask(self, push: Push) -> np.ndarray:
-        """Weights per token of the pool's images, (image, token), that a push is multiplied by."""
-        weights = self.weights[push.target]
-        return np.ones_like(weights) if push.everywhere else weights
 
     def edit(self, how, picks, *arguments, mask=None, **settings) -> np.ndarray:
         """Images of the pool's `picks` by a function of `helpers.steering`, with our settings."""
-        texts, seeds = (
-            [values[i] for i in picks] for values in (self.pool.prompts, self.pool.seeds)
-        )
-        self.n_made += len(texts)
-        return how(
-            *(self.pipe, texts, seeds, self.store.tap, *arguments),
-            mask=None if mask is None else torch.from_numpy(mask).float(),
-            branch=self.branch,
-            batch_size=self.batch_size,
-            **settings,
-            **self.store.sampling,
-        )
+        of_picks = ([values[i] for i in picks] for values in (self.pool.prompts, self.pool.seeds))
+        self.n_made += len(picks)
+        settings |= {"mask": None if mask is None else torch.from_numpy(np.stack(mask)).float()}
+        settings |= {"branch": self.branch, "batch_size": self.batch_size} | self.store.sampling
+        return how(self.pipe, *of_picks, self.store.tap, *arguments, **settings)
 
     def measure(self, push: Push, picks) -> dict:
         """What a push does to the pool's `picks`; see `helpers.measure.effects.measure`."""
@@ -215,47 +168,38 @@ class Experiment:
         before, weights = self.pool.images[picks], self.weights[target][picks]
         return measure(self.truth, target, before, images, weights, self.store.grid)
 
-    # --- taking a feature out of images that have it; dicts are by target ---
-
     def without_latents(self, picks: dict, dictionary: Dictionary, latents: dict) -> dict:
-        """Images of the pool's `picks` without what some latents added to what was recorded."""
+        """Images of `picks`, by target, without what some latents added to what was recorded."""
         coordinates, deltas = dictionary.coordinates, []
-        if not picks:
-            return {}
         for target, some in picks.items():
             x = coordinates.standardise(self.pool.h[some].float().transpose(1, 2))
-            with torch.no_grad():
-                z = dictionary.codes(x.to(coordinates.mu.device))[..., latents[target]]
+            z = dictionary.codes(x.to(coordinates.mu.device))[..., latents[target]]
             u = dictionary.directions(latents[target])
-            steps = (self.store.steps, self.n_steps)
-            deltas.append(steering.scaling(z, u, coordinates, *steps, factor=0.0))
-        every = [i for some in picks.values() for i in some]
-        return _by_target(picks, self.edit(steering.steer, every, torch.cat(deltas, dim=1)))
+            deltas.append(steering.scaling(z, u, coordinates, *self.steps, factor=0.0))
+        return self._edit_each(picks, steering.steer, deltas)
 
     def without_direction(self, picks: dict, means: dict, amount: float) -> dict:
-        """Images of the pool's `picks`, projected along the difference of their class means.
+        """Images of `picks`, by target, projected along a difference of class means in the region.
 
-        At all denoising steps, in the region, seen from the mean of tokens that lack the label:
-        1 takes the component out, 2 mirrors it.
+        Seen from the mean of tokens that lack the label: 1 takes the component out, 2 mirrors it.
         """
-        every = [(target, i) for target, some in picks.items() for i in some]
-        if not every:
-            return {}
-        lines = {}
-        for target in picks:
+        lines, mask = [], [self.weights[t][i] for t, some in picks.items() for i in some]
+        for target, some in picks.items():
             m = means[target]
             difference = self.coordinates.scale.to(m.lacking)[:, None] * m.difference
             line = torch.stack([difference, self.coordinates.unstandardise(m.lacking)], dim=1)
-            lines[target] = steering.at_every_step(line, self.store.steps, self.n_steps)
-        direction, centre = torch.stack([lines[t] for t, _ in every], dim=1).unbind(2)
-        mask = np.stack([self.weights[target][i] for target, i in every])
-        where = (steering.project_out, [i for _, i in every], direction, centre)
-        return _by_target(picks, self.edit(*where, mask=mask, amount=amount))
+            line = steering.at_every_step(line, *self.steps)[:, None]
+            lines.append(line.expand(-1, len(some), -1, -1).unbind(2))  # two (step, image, channel)
+        settings = {"mask": mask, "amount": amount}
+        return self._edit_each(picks, steering.project_out, *zip(*lines), **settings)
 
-
-def _by_target(picks: dict, images: np.ndarray) -> dict[str, np.ndarray]:
-    ends = np.cumsum([len(some) for some in picks.values()])[:-1]
-    return dict(zip(picks, np.split(images, ends)))
+    def _edit_each(self, picks: dict, how, *parts, **settings) -> dict[str, np.ndarray]:
+        """`edit` for all targets at once; each of `parts` has an argument's images by target."""
+        if not picks:
+            return {}
+        every = [i for some in picks.values() for i in some]
+        images = self.edit(how, every, *(torch.cat(part, dim=1) for part in parts), **settings)
+        return dict(zip(picks, np.split(images, np.cumsum([len(p) for p in picks.values()]))))
 
 
 def aligned(u: torch.Tensor, direction: torch.Tensor, at_least: float) -> list[int]:

@@ -1,10 +1,7 @@
 """Which tokens show what: the labels that latents are held against, on the token grid.
 
-Labels come from a truth: `helpers.demo.truth.Scenes` reads the demo world's images, and
-`helpers.measure.words.Words` knows only the prompts.
+They come from a truth: `Scenes` reads the demo world's images, `Words` knows only the prompts.
 """
-
-from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
@@ -16,20 +13,14 @@ from PIL import Image
 class Labels:
     """Labels of tokens, by way of the things that tokens belong to."""
 
-    names: list[str]
-    """Such as 'colour=red', 'background=sky' or 'word=dog'."""
-    owner: np.ndarray
-    """Which thing each token belongs to, (image, token), an index into `has`; -1 for none."""
-    has: np.ndarray
-    """Which labels each thing carries, bool, (thing, label)."""
-    kind: np.ndarray
-    """Things of one kind, such as objects, can be exchanged in a control: int, (thing,)."""
+    names: list[str]  # such as 'colour=red', 'background=sky' or 'word=dog'
+    owner: np.ndarray  # thing that each token belongs to, (image, token), a row of `has`; -1: none
+    has: np.ndarray  # which labels each thing carries, bool, (thing, label)
+    kind: np.ndarray  # of each thing: those of one kind, such as objects, a control may exchange
 
     def at_tokens(self) -> np.ndarray:
         """Labels of every token, bool, (image, token, label); False where a token has no owner."""
-        if not len(self.has):
-            return np.zeros((*self.owner.shape, len(self.names)), bool)
-        return self.has[np.maximum(self.owner, 0)] & (self.owner >= 0)[..., None]
+        return np.vstack([self.has, np.zeros(len(self.names), bool)])[self.owner]  # -1: the last
 
     def of_kind(self, kind: int) -> np.ndarray:
         """Which tokens belong to a thing of this kind, bool, (image, token)."""
@@ -46,11 +37,11 @@ class Labels:
         labelled = self.at_tokens()[..., self.names.index(name)]
         return among & labelled, among & ~labelled
 
-    def only(self, tokens: np.ndarray) -> Labels:
+    def only(self, tokens: np.ndarray) -> "Labels":
         """Labels of some tokens of each image: indices, (image, kept token)."""
         return replace(self, owner=np.take_along_axis(self.owner, tokens, 1))
 
-    def shuffled(self, rng: np.random.Generator) -> Labels:
+    def shuffled(self, rng: np.random.Generator) -> "Labels":
         """The control: masks stay, but each thing gets the labels of another of its kind."""
         has = self.has.copy()
         for kind in np.unique(self.kind):

@@ -5,13 +5,10 @@ Sums are resampled (`ratio`); shares, which may be all or none, have intervals t
 there (`share`, `paired`).
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import numpy as np
 import scipy.sparse
-import torch
 from scipy.stats import binomtest, rankdata
 
 from helpers.checks import refuse
@@ -33,14 +30,12 @@ class Estimate(NamedTuple):
 NOTHING = Estimate(float("nan"), float("nan"), float("nan"))
 
 
-def ratio(
-    numerator, denominator, n_resamples: int = 1000, seed: int = 0, transform=lambda q: q
-) -> Estimate:
+def ratio(numerator, denominator, seed: int = 0, transform=lambda q: q) -> Estimate:
     """transform(Σ numerator / Σ denominator) of sums (image,), with a percentile bootstrap."""
     numerator, denominator = np.asarray(numerator, float), np.asarray(denominator, float)
     if len(numerator) == 0 or denominator.sum() == 0:
         return NOTHING
-    picks = np.random.default_rng(seed).integers(len(numerator), size=(n_resamples, len(numerator)))
+    picks = np.random.default_rng(seed).integers(len(numerator), size=(1000, len(numerator)))
     with np.errstate(invalid="ignore", divide="ignore"):
         resampled = transform(numerator[picks].sum(1) / denominator[picks].sum(1))
     return of_resampled([transform(numerator.sum() / denominator.sum()), *resampled])
@@ -54,10 +49,9 @@ def mean(values, **kwargs) -> Estimate:
 def share(values) -> Estimate:
     """Mean over images of successes or of shares, with an interval that is never of zero width.
 
-    Successes (bool) get Wilson's interval. To shares, numbers in [0, 1], two ones and two zeros are
-    added, and the interval is that of the mean of these n + 4 with their own variance, which for
-    successes is that of Agresti & Coull (1998, The American Statistician 52). NaN takes no part;
-    anything else outside [0, 1] raises ValueError.
+    Successes (bool) get Wilson's interval; shares, numbers in [0, 1], that of their mean with two
+    ones and two zeros added, after Agresti & Coull (1998, The American Statistician 52). NaN takes
+    no part; anything else outside [0, 1] raises ValueError.
     """
     values = _shares("values", values)
     if len(values) == 0:
@@ -99,20 +93,13 @@ def _shares(name: str, values) -> np.ndarray:
     return refuse(name, float(outside[0]), "from 0 to 1") if len(outside) else values
 
 
-def squared_errors(
-    x: torch.Tensor, x_hat: torch.Tensor, mean_train: torch.Tensor
-) -> tuple[np.ndarray, np.ndarray]:
+def squared_errors(x, x_hat, mean_train) -> tuple[np.ndarray, np.ndarray]:
     """Σ (x - x_hat)² and Σ (x - mean_train)² of each image and step, float64, (image, step).
 
-    Parameters
-    ----------
-    x, x_hat : Float[Tensor, "image step token channel"]
-    mean_train : Float[Tensor, "step channel"]
-        Mean of the training set: predicting it is the zero of explained variance.
+    Of tensors (image, step, token, channel); predicting mean_train (step, channel), the mean of the
+    training set, is the zero of explained variance.
     """
-    x, x_hat, mean_train = (
-        v.to("cpu" if v.device.type == "mps" else v.device).double() for v in (x, x_hat, mean_train)
-    )
+    x, x_hat, mean_train = ((v.cpu() if v.is_mps else v).double() for v in (x, x_hat, mean_train))
     error = (x - x_hat).pow(2).sum((2, 3))
     spread = (x - mean_train[:, None]).pow(2).sum((2, 3))
     return error.cpu().numpy(), spread.cpu().numpy()
@@ -126,58 +113,32 @@ def explained_variance(error, spread, **kwargs) -> Estimate:
 def auroc(scores, labels: np.ndarray) -> np.ndarray:
     """Area under the ROC curve of each score for each label: Mann-Whitney, ties count a half.
 
-    The same as scikit-learn's `roc_auc_score`, which sorts anew for each pair of score and label.
-
-    Parameters
-    ----------
-    scores : float, (sample, latent)
-        Dense; or a scipy sparse matrix of codes, not negative, whose zeros all tie.
-    labels : bool, (sample, label)
-
-    Returns
-    -------
-    float, (latent, label); NaN for a label that is always or never true.
+    The same as scikit-learn's `roc_auc_score`, which sorts anew for each pair. Of scores (sample,
+    latent), dense, or sparse and not negative, and labels (sample, label): float, (latent, label),
+    NaN for a label that is always or never true.
     """
     labels = np.asarray(labels, float)
     positives, n = labels.sum(0), len(labels)
     if scipy.sparse.issparse(scores):
-        ranks, zero_rank = sparse_ranks(scores)
-        with_code = (ranks != 0).astype(float).T @ labels  # (latent, label): positives with a code
-        rank_sums = ranks.T @ labels + (positives - with_code) * zero_rank[:, None]
+        above = scipy.sparse.csc_matrix(scores, dtype=float, copy=True)
+        above.eliminate_zeros()
+        n_zeros = n - np.diff(above.indptr)
+        for codes, zeros in zip(np.split(above.data, above.indptr[1:-1]), n_zeros):
+            codes[:] = rankdata(codes) + (zeros - 1) / 2  # less the rank that all zeros share
+        rank_sums = above.T @ labels + positives * (n_zeros[:, None] + 1) / 2
     else:
-        rank_sums = np.empty((scores.shape[1], labels.shape[1]))
-        for i in range(0, scores.shape[1], 64):  # ranks of 64 latents at a time, to bound memory
-            rank_sums[i : i + 64] = rankdata(scores[:, i : i + 64], axis=0).T @ labels
+        parts = np.array_split(scores, -(-scores.shape[1] // 64), axis=1)  # to bound memory
+        rank_sums = np.concatenate([rankdata(part, axis=0).T @ labels for part in parts])
     with np.errstate(invalid="ignore", divide="ignore"):
         return (rank_sums - positives * (positives + 1) / 2) / (positives * (n - positives))
 
 
-def sparse_ranks(codes) -> tuple[scipy.sparse.csr_matrix, np.ndarray]:
-    """Ranks in each column of codes (sample, latent) >= 0: the positive ones'; all zeros'."""
-    coo = scipy.sparse.coo_matrix(codes)
-    row, column, value = (v[coo.data > 0] for v in (coo.row, coo.col, coo.data))
-    order = np.lexsort((value, column))
-    row, column, value = row[order], column[order], value[order]
-    count = np.bincount(column, minlength=codes.shape[1])
-    zeros = codes.shape[0] - count
-    within = np.arange(len(column)) - np.repeat(np.cumsum(count) - count, count) + 1.0
-    new = np.concatenate([[True], (np.diff(column) != 0) | (np.diff(value) != 0)])[: len(column)]
-    tie = np.cumsum(new) - 1
-    shared = np.bincount(tie, within) / np.bincount(tie) if len(tie) else within
-    ranks = scipy.sparse.csr_matrix((shared[tie] + zeros[column], (row, column)), codes.shape)
-    return ranks, (zeros + 1) / 2
-
-
-def resampled_auroc(
-    scores, labels, images, n_images: int, n_resamples: int = 1000, seed: int = 0
-) -> np.ndarray:
+def resampled_auroc(scores, labels, images, n_images, n_resamples=1000, seed=0) -> np.ndarray:
     """AUROC of one score for one label, both (sample,): as it is, then on resampled images.
 
     `images` (sample,) tells which of n_images a sample comes from. Calls with the same n_images and
     seed draw the same images, so that results, (1 + n_resamples,), can be averaged or subtracted.
-    Scores are sorted once; an image counts as often as it was drawn.
     """
-    labels, images = np.asarray(labels, bool), np.asarray(images)
     drawn = np.random.default_rng(seed).integers(n_images, size=(n_resamples, n_images))
     counts = np.array([np.bincount(d, minlength=n_images) for d in drawn]).T  # (image, resample)
     weights = np.column_stack([np.ones(n_images), counts])

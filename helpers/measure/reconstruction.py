@@ -4,15 +4,13 @@ A change of coordinates changes the metric in which an error counts, so every di
 in several. What is kept are sums per image and step, since intervals are over images.
 """
 
-from __future__ import annotations
-
+from collections import defaultdict
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from helpers.coordinates import Coordinates
-from helpers.dictionary import Dictionary
 from helpers.measure import metrics
 
 
@@ -20,12 +18,9 @@ from helpers.measure import metrics
 class Reconstruction:
     """Errors and cost of one dictionary, over the trajectories of each image."""
 
-    sums: dict[str, tuple[np.ndarray, np.ndarray]]
-    """space -> Σ (y - ŷ)² and Σ (y - y of the training mean)², each float64, (image, step)"""
-    numbers: np.ndarray
-    """numbers that a trajectory was rebuilt from, mean of each image, float64, (image,)"""
-    used: np.ndarray | None
-    """whether each latent fired on any trajectory, bool, (latent,); None for a dense dictionary"""
+    sums: dict[str, tuple]  # space -> Σ (y - ŷ)², Σ (y - y of the training mean)², (image, step)
+    numbers: np.ndarray  # that a trajectory was rebuilt from, mean of each image, float64, (image,)
+    used: np.ndarray | None  # whether each latent fired on any trajectory; None if codes are dense
 
     @property
     def alive(self) -> float:
@@ -47,17 +42,12 @@ def difference(a: Reconstruction, b: Reconstruction, space: str) -> metrics.Esti
     return metrics.ratio((error_b - error_a).sum(1), spread.sum(1))
 
 
-def measure(
-    dictionaries: dict[str, Dictionary], shards, spaces: dict[str, Coordinates]
-) -> dict[str, Reconstruction]:
-    """Rebuild trajectories from each dictionary's codes; errors are measured in all `spaces`.
+def measure(dictionaries: dict, shards, spaces: dict) -> dict[str, Reconstruction]:
+    """Rebuild trajectories from each `Dictionary`'s codes; `Coordinates` are what to measure in.
 
-    `shards` gives standardised trajectories, Float[Tensor, "image token step channel"], and is
-    read once.
+    `shards` of standardised trajectories, (image, token, step, channel), are read once.
     """
-    sums = {name: {space: [] for space in spaces} for name in dictionaries}
-    numbers = {name: [] for name in dictionaries}
-    used = {name: None if d.two_sided else False for name, d in dictionaries.items()}
+    sums, numbers, used = defaultdict(list), defaultdict(list), {}
     means = {s: c.residualize(torch.zeros_like(c.mu)).view_as(c.mu) for s, c in spaces.items()}
     for x in (image for shard in shards for image in shard.split(1)):  # bounds the codes' memory
         truth = {space: _blocks(c, x) for space, c in spaces.items()}
@@ -66,16 +56,16 @@ def measure(
             x_hat = dictionary.rebuild(z)
             for space, c in spaces.items():
                 part = metrics.squared_errors(truth[space], _blocks(c, x_hat), means[space])
-                sums[name][space].append(part)
+                sums[name, space].append(part)
             numbers[name].append(float(dictionary.cost(z).double().mean()))
-            if used[name] is not None:  # one step at a time, a latent is the same at every step
+            if not dictionary.two_sided:  # one step at a time, a latent is the same at every step
                 fired = (z != 0).view(-1, dictionary.coder.n_latents).any(0)
-                used[name] = used[name] | fired.cpu().numpy()
-    joined = {
-        name: {space: tuple(map(np.concatenate, zip(*v))) for space, v in of_spaces.items()}
-        for name, of_spaces in sums.items()
-    }
-    return {n: Reconstruction(joined[n], np.array(numbers[n]), used[n]) for n in dictionaries}
+                used[name] = used.get(name, False) | fired.cpu().numpy()
+    found = {}
+    for name in dictionaries:
+        joined = {s: tuple(map(np.concatenate, zip(*sums[name, s]))) for s in spaces}
+        found[name] = Reconstruction(joined, np.array(numbers[name]), used.get(name))
+    return found
 
 
 def _blocks(coordinates: Coordinates, x: torch.Tensor) -> torch.Tensor:

@@ -4,15 +4,9 @@
 read. A word counts for every token of its image: a much weaker truth, and nothing can be judged.
 """
 
-from __future__ import annotations
-
-from collections.abc import Sequence
-
 import numpy as np
 
 from helpers.measure.labels import Labels
-
-WHOLE_IMAGE = 0  # the only kind of thing in `Labels.kind`
 
 
 class Words:
@@ -22,7 +16,7 @@ class Words:
     lower halves of the image.
     """
 
-    def __init__(self, prompts: Sequence[str] = ()):
+    def __init__(self, prompts=()):
         from sklearn.feature_extraction.text import CountVectorizer  # takes a second to import
 
         self._counter = CountVectorizer(
@@ -40,19 +34,16 @@ class Words:
             has = self._counter.transform(prompts).toarray().astype(bool)
             owner = np.repeat(np.arange(n)[:, None], n_tokens, axis=1)
             names = [f"word={word}" for word in self._words]
-            return Labels(names, owner, has, np.full(n, WHOLE_IMAGE))
-        lower = np.arange(n_tokens) >= n_tokens // 2
-        owner = 2 * np.arange(n)[:, None] + lower
+            return Labels(names, owner, has, kind=np.zeros(n, int))
+        owner = 2 * np.arange(n)[:, None] + (np.arange(n_tokens) >= n_tokens // 2)
         has = np.tile(np.eye(2, dtype=bool), (n, 1))
-        return Labels(["half=upper", "half=lower"], owner, has, np.full(2 * n, WHOLE_IMAGE))
+        return Labels(["half=upper", "half=lower"], owner, has, kind=np.zeros(2 * n, int))
 
-    def judged(self, prompts: list[str], images: np.ndarray) -> dict[str, np.ndarray]:
-        """Nothing: whether an image is as its prompt says cannot be read."""
+    def judged(self, *what) -> dict[str, np.ndarray]:
+        """Nothing: what an image shows cannot be read, nor what steering did to it."""
         return {}
 
-    def objects_kept(self, before: np.ndarray, after: np.ndarray) -> dict[str, np.ndarray]:
-        """Nothing: objects cannot be read."""
-        return {}
+    objects_kept = outcome = judged
 
     def steering_prompts(self, n: int, seed: int, given: list[str]) -> list[str]:
         """The first n of the given prompts: fresh ones cannot be made up."""
@@ -61,10 +52,6 @@ class Words:
     def steerable(self, target: str, images: np.ndarray, grid: tuple[int, int]):
         """Every image, bool, (image,), at all its tokens, weights (image, token) of 1."""
         return np.ones(len(images), bool), np.ones((len(images), grid[0] * grid[1]))
-
-    def outcome(self, target: str, before: np.ndarray, after: np.ndarray) -> dict[str, np.ndarray]:
-        """Nothing: whether a target was reached cannot be read."""
-        return {}
 
     def has(self, target: str, images: np.ndarray) -> np.ndarray:
         """True for every image, (image,): there is nothing to choose by."""

@@ -1,27 +1,17 @@
 """Images and the heat maps over them."""
 
-from __future__ import annotations
-
-import io
-
-import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.figure import Figure
-from PIL import Image
 
 
-def show_image(ax, image: np.ndarray, title: str = "") -> None:
+def show_image(ax, image: np.ndarray, title: str = "", **place) -> None:
     """An image (height, width, 3 or 1) in [0, 1], without axes."""
-    ax.imshow(image, interpolation="nearest", cmap="gray", vmin=0, vmax=1)
+    ax.imshow(image, interpolation="nearest", cmap="gray", vmin=0, vmax=1, **place)
     ax.set_title(title, fontsize=7)
     ax.set_axis_off()
 
 
 def overlay(ax, image: np.ndarray, heat: np.ndarray, vmax: float, left: float = 0.0):
-    """A heat map (rows, columns), from 0 to vmax, under the image's edges; returns the mappable.
-
-    Colours are those of the colour bar. The left edge is at x = `left`, in the image's pixels.
-    """
+    """A heat map (rows, columns) under the image's edges, from x = `left` on; the mappable."""
     height, width = image.shape[:2]
     place = {"extent": (left, left + width, height, 0), "interpolation": "nearest"}
     mappable = ax.imshow(heat, cmap="magma", vmin=0, vmax=vmax, **place)
@@ -39,8 +29,7 @@ def heat_strip(ax, image: np.ndarray, heat: np.ndarray, timesteps, vmax: float, 
     All in one axes, since axes are what takes time to draw; returns the mappable.
     """
     height, width = image.shape[:2]
-    extent = (0, width, height, 0)
-    ax.imshow(image, interpolation="nearest", cmap="gray", vmin=0, vmax=1, extent=extent)
+    show_image(ax, image, extent=(0, width, height, 0))
     for i, (of_step, t) in enumerate(zip(heat, timesteps), 1):
         left = 1.06 * i * width
         mappable = overlay(ax, image, of_step, vmax, left)
@@ -50,20 +39,10 @@ def heat_strip(ax, image: np.ndarray, heat: np.ndarray, timesteps, vmax: float, 
     return mappable
 
 
-def png(fig: Figure, dpi: int = 110) -> bytes:
-    """A figure as PNG bytes, for an image widget; closes it."""
-    buffer = io.BytesIO()
-    fig.savefig(buffer, format="png", dpi=dpi)
-    plt.close(fig)
-    return buffer.getvalue()
-
-
-def tile(images: np.ndarray, columns: int) -> Image.Image:
-    """Images (n, height, width, 3 or 1) in [0, 1] as one picture, with a two-pixel white gap."""
-    n, height, width, _ = images.shape
-    rows = -(-n // columns)
-    sheet = np.ones((rows * (height + 2) - 2, columns * (width + 2) - 2, 3))
-    for i, image in enumerate(images):
-        r, c = divmod(i, columns)
-        sheet[r * (height + 2) :, c * (width + 2) :][:height, :width] = image
-    return Image.fromarray((sheet * 255).round().astype(np.uint8))
+def tile(images: np.ndarray, columns: int) -> np.ndarray:
+    """Images (n, height, width, 3 or 1) in [0, 1] as one, uint8, with a two-pixel white gap."""
+    images = np.broadcast_to(images, (*images.shape[:3], 3))
+    gaps = ((0, -len(images) % columns), (0, 2), (0, 2), (0, 0))
+    tiles = np.pad((images * 255).round().astype(np.uint8), gaps, constant_values=255)
+    rows = np.split(tiles, len(tiles) // columns)
+    return np.vstack([np.hstack(row) for row in rows])[:-2, :-2]

@@ -1,7 +1,5 @@
 """Sheets of images: named rows of them, some with a tick; one image beside the unsteered one."""
 
-from __future__ import annotations
-
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
@@ -9,26 +7,17 @@ from matplotlib.figure import Figure
 from helpers.plots.images import show_image
 from helpers.plots.style import TEXT
 
-SIDE = 0.66  # inches, of an image and its margin
-
 
 def sheet(rows: dict[str, np.ndarray], ticks=None, titles=(), title: str = "") -> Figure:
-    """A figure with a row of images for each name.
+    """A row of images (image, height, width, 3), in [0, 1], for each name; titles are of columns.
 
-    Parameters
-    ----------
-    rows : dict of name -> float, (image, height, width, 3), in [0, 1]
-    ticks : dict of name -> bool, (image,), optional
-        Which images of a row get a tick on a green ground; rows that are not named get none.
-    titles : list of str
-        Of the columns.
+    `ticks`, name -> bool, (image,), tells which get a white tick on green, to be seen on any image.
     """
     columns = max(map(len, rows.values()))
-    size = (
-        SIDE * columns + 1.3,
-        (SIDE + 0.03) * len(rows) + 0.2 * bool(titles) + 0.2 * bool(title),
-    )
+    size = (0.66 * columns + 1.3, 0.69 * len(rows) + 0.2 * bool(titles) + 0.2 * bool(title))
     fig, axes = plt.subplots(len(rows), columns, figsize=size, squeeze=False)
+    ground = {"boxstyle": "square,pad=0.15", "facecolor": "#007A3D", "linewidth": 0}
+    tick = {"ha": "right", "va": "bottom", "color": "white", "fontsize": 6, "bbox": ground}
     for r, (of_row, (name, images)) in enumerate(zip(axes, rows.items())):
         place = {"ha": "right", "va": "center", "transform": of_row[0].transAxes}
         of_row[0].text(-0.1, 0.5, name, fontsize=7, **place)
@@ -38,7 +27,7 @@ def sheet(rows: dict[str, np.ndarray], ticks=None, titles=(), title: str = "") -
             if i < len(images):
                 show_image(ax, images[i], titles[i] if titles and r == 0 else "")
                 if ticked[i]:
-                    _tick(ax)
+                    ax.text(0.96, 0.04, "✓", transform=ax.transAxes, **tick)
     fig.suptitle(title, fontsize=8)
     return fig
 
@@ -53,10 +42,3 @@ def beside_unsteered(unsteered: np.ndarray, steered: np.ndarray, title: str) -> 
     axes[2].set_axis_off()
     fig.colorbar(change, ax=axes[2])
     return fig
-
-
-def _tick(ax) -> None:
-    """A white tick on a green ground, in the lower right corner: seen on any image."""
-    ground = {"boxstyle": "square,pad=0.15", "facecolor": "#007A3D", "linewidth": 0}
-    place = {"ha": "right", "va": "bottom", "transform": ax.transAxes}
-    ax.text(0.96, 0.04, "✓", color="white", fontsize=6, bbox=ground, **place)

@@ -1,9 +1,4 @@
-"""Figures: one style, one colour a method, one way to save.
-
-Functions draw on the axes they are given and touch no global state but `use_style`.
-"""
-
-from __future__ import annotations
+"""Figures: one style, one colour a method, one way to save; only `use_style` is global."""
 
 import sys
 from contextlib import suppress
@@ -30,20 +25,16 @@ COLOURS = {
     "untrained raw": "#6B2F00",
     "ridge": "#332288",  # indigo
     "identity": "#AA4499",  # purple
-    "mean only": "#999933",  # olive
     "predictors": "#000000",
     "class means": "#44AA99",  # teal
     "random": "#999999",
 }
-ALIASES = {
-    **{"residual latent": "residual concat", "raw latent": "raw concat", "PCA": "PCA raw"},
-    **{"random rows": "random", "untrained": "untrained residual"},
-}
+LIKE = {"residual latent": "residual concat", "raw latent": "raw concat", "random rows": "random"}
 
 
 def colour(method: str) -> str:
     """The colour of a method, the same in every figure; ValueError for an unknown method."""
-    known = ALIASES.get(method, method)
+    known = LIKE.get(method, method)
     if known not in COLOURS:
         refuse("method", method, f"one that has a colour, such as {nearest(method, COLOURS)}")
     return COLOURS[known]

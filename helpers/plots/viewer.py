@@ -1,25 +1,27 @@
 """A widget over a view: a plain function that draws a figure, which tests and scripts call, too."""
 
-from __future__ import annotations
-
+import io
 from collections.abc import Callable
 
 import ipywidgets
+import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
-
-from helpers.plots.images import png
 
 
 def viewer(view: Callable[..., Figure], **controls: ipywidgets.Widget) -> ipywidgets.VBox:
     """Controls in a row above what `view` draws from their values, by argument name.
 
-    It is drawn anew when one changes; give those that start slow work `continuous_update=False`.
+    Give those that start slow work `continuous_update=False`.
     """
     # as large as it is drawn: a box would stretch it to the width of the cell
     picture = ipywidgets.Image(format="png", layout={"align_self": "flex-start"})
 
     def redraw(_=None):
-        picture.value = png(view(**{name: control.value for name, control in controls.items()}))
+        fig = view(**{name: control.value for name, control in controls.items()})
+        buffer = io.BytesIO()
+        fig.savefig(buffer, format="png", dpi=110)
+        plt.close(fig)
+        picture.value = buffer.getvalue()
 
     for control in controls.values():
         control.observe(redraw, "value")

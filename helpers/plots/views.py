@@ -1,9 +1,6 @@
 """What an interactive viewer shows: whole figures, drawn from arrays."""
 
-from __future__ import annotations
-
 import matplotlib.pyplot as plt
-import numpy as np
 from matplotlib.figure import Figure
 
 from helpers.checks import in_range
@@ -11,23 +8,11 @@ from helpers.plots.images import overlay, show_image
 from helpers.plots.style import WIDE, colour
 
 
-def latent_view(
-    latent: int, step: int, images: np.ndarray, codes: np.ndarray, norms: np.ndarray, timesteps
-) -> Figure:
+def latent_view(latent: int, step: int, images, codes, norms, timesteps) -> Figure:
     """A latent's effect on images at one kept step, and its norm over all steps.
 
-    Parameters
-    ----------
-    latent : int
-        Its number, for the title.
-    step : int
-        Which of the kept steps, from 0; ValueError if there is no such step.
-    images : float, (image, height, width, 3 or 1), in [0, 1]
-    codes : float, (image, row, column)
-        The latent's codes. Its effect is the code times the norm, on one scale in all images.
-    norms : float, (step,)
-        ‖u[s]‖ of the latent.
-    timesteps : sequence of float, (step,)
+    The effect is its code, (image, row, column), times its norm ‖u[s]‖, (step,), on one scale in
+    all images, (image, height, width, 3 or 1); ValueError if there is no such step.
     """
     in_range("step", step, 0, len(timesteps) - 1)
     effects = codes * norms[step]
