@@ -30,7 +30,8 @@ class Codes:
     def of(self, latent: int) -> np.ndarray:
         """One latent's codes, (image, token)."""
         column = self.values[:, [latent]]
-        return (column if self.two_sided else column.toarray()).reshape(self.n_images, -1)
+        column = column.toarray() if scipy.sparse.issparse(column) else column
+        return column.reshape(self.n_images, -1)
 
     def fires(self) -> np.ndarray:
         """Which latents have a code that is not zero, bool."""
