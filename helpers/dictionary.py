@@ -3,7 +3,8 @@
     x ──residualize──▶ y ──encode──▶ z ──decode──▶ ŷ ──restore──▶ x̂
 
 What is trained, what it is compared with and what is shared as a file are all of this kind. A coder
-has `d_in`, `n_latents`, `W_dec`, `encode`, `decode` and `sparse`, as `SAE` has.
+has `d_in`, `n_latents`, `W_dec`, `encode`, `decode` and `sparse`, as `SAE` has, and, where its
+pre-activations are linear in y, `W_enc`, `b_enc` and `b_dec`.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ class Projection(torch.nn.Module):
         super().__init__()
         self.n_latents, self.d_in = V.shape
         self.register_buffer("W_dec", V)
+
+    W_enc = property(lambda self: self.W_dec.T)
 
     def encode(self, y: torch.Tensor) -> torch.Tensor:
         return y @ self.W_dec.T
@@ -61,6 +64,28 @@ class Dictionary(torch.nn.Module):
         y = self.coordinates.residualize(x).reshape(-1, self.coder.d_in)
         z = self.coder.encode(y.to(self.coder.W_dec.dtype))
         return z.to(x.dtype).view(*x.shape[:-2], self.n_latents)
+
+    def evidence(self, x: torch.Tensor, latents=slice(None)) -> torch.Tensor:
+        """Pre-activations split by kept step: x (…, S, d) -> e (…, S, m), of all or some latents.
+
+        e[s] = (y[s] − b_dec[s]) W_enc[s]; their sum over steps and b_enc is what is held against
+        the threshold. ValueError for a coder that is not linear up to there.
+        """
+        W, S = getattr(self.coder, "W_enc", None), self.coordinates.n_steps
+        if W is None:
+            raise ValueError(f"{self.name}: codes that are no sums over steps have no evidence")
+        y = self.coordinates.residualize(x).reshape(*x.shape[:-2], -1, self.coder.d_in)
+        y = (y - getattr(self.coder, "b_dec", y.new_zeros(())).to(y)).reshape(x.shape)
+        if self.one_step:  # latent s · n + j has evidence at step s only
+            e = torch.eye(S).to(y)[:, :, None] * (y @ W.to(y))[..., None, :]
+            return e.flatten(-2)[..., latents]
+        return torch.einsum("...sd,sdm->...sm", y, W[:, latents].to(y).unflatten(0, (S, -1)))
+
+    def scores(self, x: torch.Tensor) -> torch.Tensor:
+        """Codes (…, n_latents) before threshold and ReLU, of either sign; else the codes."""
+        if self.two_sided or not hasattr(self.coder, "W_enc"):
+            return self.codes(x)
+        return self.evidence(x).sum(-2) + self.coder.b_enc.repeat(self.n_blocks).to(x)
 
     def rebuild(self, z: torch.Tensor) -> torch.Tensor:
         """Codes (…, n_latents) -> reconstructed trajectories, (…, S, d), standardised."""

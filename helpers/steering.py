@@ -44,13 +44,13 @@ def random_like(u: torch.Tensor, seed: int, coordinates: Coordinates | None = No
 
 
 def only_new(u: torch.Tensor, coordinates: Coordinates) -> torch.Tensor:
-    """What each step adds to u (S, d), u[s] - u[s-1] A[s] - u[s-2] B[s].
+    """What each step adds to u (…, S, d), u[s] - u[s-1] A[s] - u[s-2] B[s].
 
     The rest is left to the model, which carries on what it was given at the steps before.
     """
     new = u.clone()
     for lag, M in coordinates.lags():
-        new[lag:] -= torch.einsum("sd,sde->se", u[:-lag], M[lag:].to(u))
+        new[..., lag:, :] -= torch.einsum("...sd,sde->...se", u[..., :-lag, :], M[lag:].to(u))
     return new
 
 

@@ -66,6 +66,48 @@ def test_directions_are_what_codes_add(made):
     assert torch.equal(found.directions(5), u[5]) and found.directions(5).shape == (S, D)
 
 
+@pytest.mark.parametrize("made", [concat, one_step, lambda: dictionary.neurons(some_predictors())])
+def test_evidence_of_the_steps_adds_up_to_what_is_held_against_the_threshold(made):
+    found, x = made(), trajectories(4, 5)
+    if not found.two_sided:
+        torch.nn.init.normal_(found.coder.b_enc)
+        torch.nn.init.normal_(found.coder.b_dec)
+    e, scores = found.evidence(x), found.scores(x)
+    assert e.shape == (4, 5, S, found.n_latents) and scores.shape == (4, 5, found.n_latents)
+    if found.two_sided:
+        torch.testing.assert_close(e.sum(-2), found.codes(x))
+        assert torch.equal(scores, found.codes(x))
+    else:
+        bias = found.coder.b_enc.repeat(found.n_blocks)
+        torch.testing.assert_close(e.sum(-2) + bias, scores)
+        above = scores > found.coder.threshold.repeat(found.n_blocks).clamp(min=0)
+        torch.testing.assert_close(found.codes(x), scores * above, rtol=1e-4, atol=1e-5)
+        assert (scores < 0).any()
+    n = found.n_latents
+    torch.testing.assert_close(found.evidence(x, [n - 1, 0]), e[..., [n - 1, 0]])
+
+
+@pytest.mark.parametrize("made", [concat, one_step])
+def test_evidence_of_a_step_is_what_that_block_of_y_says(made):
+    found, x = made(), trajectories(6)
+    c = found.coordinates
+    y = c.residualize(x).view(6, S, D)
+    y[:, 1] += 1
+    change = found.evidence(c.restore(y.flatten(1))) - found.evidence(x)
+    assert change[:, 1].abs().max() > 0.1
+    torch.testing.assert_close(change[:, [0, 2]], 0 * change[:, [0, 2]], rtol=0, atol=1e-4)
+
+
+def test_codes_that_are_no_sums_over_steps_have_no_evidence():
+    class Nearest(dictionary.Projection):
+        W_enc = property()
+
+    found = Dictionary("nearest", coordinates.raw(some_predictors()), Nearest(torch.eye(S * D)))
+    with pytest.raises(ValueError, match="nearest: .*no evidence"):
+        found.evidence(trajectories())
+    assert torch.equal(found.scores(trajectories()), found.codes(trajectories()))
+
+
 @pytest.mark.parametrize("made", [concat, one_step])
 def test_leading_dimensions_are_kept(made):
     found, x = made(), trajectories(2, 5)
