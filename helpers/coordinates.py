@@ -22,6 +22,7 @@ With `predictors.identity` for predictors, residuals are differences of neighbou
 from __future__ import annotations
 
 import hashlib
+import itertools
 
 import torch
 
@@ -143,50 +144,56 @@ def residual(predictors: Predictors, block_exponent: float = 1.0) -> Coordinates
     a = 1 gives every step the same weight in an SAE's loss, a = 0 leaves residuals as they are.
     """
     p = predictors
-    return Coordinates(p.mu, p.scale, p.A, p.b, p.rho**block_exponent)
+    return Coordinates(p.mu, p.scale, p.A, p.b, p.rho**block_exponent, p.B)
 
 
 def whitened(predictors: Predictors, moments: Moments, floor: float = 1e-4) -> Coordinates:
     """Residuals with unit covariance at every step, over the trajectories of `moments`.
 
-    ‖y − ŷ‖² is then the Mahalanobis norm of a first-order Markov model of the trajectory. D[s] is
-    the symmetric inverse root; eigenvalues of the covariance are at least `floor` times their mean,
-    so that directions in which nothing varies are not blown up.
+    ‖y − ŷ‖² is then the Mahalanobis norm of a Markov model of the trajectory, of as many lags as
+    predict. D[s] is the symmetric inverse root; eigenvalues of the covariance are at least `floor`
+    times their mean, so that directions in which nothing varies are not blown up.
     """
     p = predictors
     roots = torch.stack([_symmetric(C, floor)[0] for C in residual_covariance(p, moments)])
-    return Coordinates(p.mu, p.scale, p.A, p.b, roots.to(p.mu))
+    return Coordinates(p.mu, p.scale, p.A, p.b, roots.to(p.mu), p.B)
 
 
 def between(predictors: Predictors, gamma: float, block_exponent: float = 0.0) -> Coordinates:
     """Coordinates in which ‖y − ŷ‖² = (1−γ) ‖x − x̂‖² + γ Σ_s rho[s]^−2a ‖r[s] − r̂[s]‖².
 
-    γ = 0 is `raw`, γ = 1 is `residual` with the same a. With w[s] = rho[s]^−2a, the matrix of this
-    quadratic form is block tridiagonal,
+    γ = 0 is `raw`, γ = 1 is `residual` with the same a. With w[s] = rho[s]^−2a and r = x R, R[s, s]
+    = I, R[s−1, s] = −A[s], R[s−2, s] = −B[s], the matrix of this quadratic form is block banded:
 
-        M[s, s] = (1−γ + γ w[s]) I + γ w[s+1] A[s+1] A[s+1]ᵀ,    M[s−1, s] = −γ w[s] A[s]
+        M = (1−γ) I + γ R w Rᵀ
 
-    and that of any first-order map y[s] = (x[s] − x[s−1] A'[s]) D'[s] is
-
-        [s, s]: P[s] + A'[s+1] P[s+1] A'[s+1]ᵀ,    [s−1, s]: −A'[s] P[s],    P[s] = D'[s] D'[s]ᵀ
-
+    That of y[s] = (x[s] − x[s−1] A'[s] − x[s−2] B'[s]) D'[s] is R' P R'ᵀ with P[s] = D'[s] D'[s]ᵀ.
     Comparing them from the last step back (a block Cholesky factorisation in reverse order) gives
-    A'[s] = γ w[s] A[s] P[s]⁻¹ and P[s−1] = M[s−1, s−1] − A'[s] P[s] A'[s]ᵀ. D' is P's root.
+    P[s] = M[s, s], A'[s] = −M[s−1, s] P[s]⁻¹, B'[s] = −M[s−2, s] P[s]⁻¹, after which M[s−i, s−j]
+    loses M[s−i, s] P[s]⁻¹ M[s, s−j], step s being dealt with. D' is P's root.
     """
     in_range("gamma", gamma, 0, 1)
     p = predictors
-    A = p.A.cpu().double()
+    given = [M.cpu().double() for M in (p.A, p.B) if M is not None]
     w = p.rho.cpu().double() ** (-2 * block_exponent)
-    eye = torch.eye(A.shape[1], dtype=A.dtype)
-    shrunk, inverse_roots = torch.zeros_like(A), torch.zeros_like(A)
-    carried = torch.zeros_like(eye)  # what step s + 1 adds to P[s]
-    for s in reversed(range(len(A))):
-        P = (1 - gamma + gamma * w[s]) * eye + carried
-        _, inverse_roots[s] = _symmetric(P)
-        shrunk[s] = gamma * w[s] * A[s] @ inverse_roots[s] @ inverse_roots[s]
-        carried = gamma * w[s] * A[s] @ A[s].T - shrunk[s] @ P @ shrunk[s].T
+    eye = torch.eye(p.mu.shape[1], dtype=w.dtype)
+    M: dict[tuple[int, int], torch.Tensor] = {}
+    for s in range(p.n_steps):
+        R = {s: eye} | {s - lag: -W[s] for lag, W in enumerate(given, 1) if lag <= s}
+        M[s, s] = (1 - gamma) * eye
+        for i, j in itertools.product(R, R):
+            M[i, j] = M.get((i, j), 0) + gamma * w[s] * R[i] @ R[j].T
+    shrunk, inverse_roots = [torch.zeros_like(W) for W in given], torch.zeros_like(given[0])
+    for s in reversed(range(p.n_steps)):
+        _, inverse_roots[s] = _symmetric(M[s, s])
+        before = range(max(0, s - len(given)), s)
+        for i in before:
+            shrunk[s - i - 1][s] = -M[i, s] @ inverse_roots[s] @ inverse_roots[s]
+        for i, j in itertools.product(before, before):
+            M[i, j] = M[i, j] + shrunk[s - i - 1][s] @ M[s, j]
+    A, *B = (W.to(p.A) for W in shrunk)
     # b only moves y by a constant, which no error sees
-    return Coordinates(p.mu, p.scale, shrunk.to(p.A), gamma * p.b, inverse_roots.to(p.A))
+    return Coordinates(p.mu, p.scale, A, gamma * p.b, inverse_roots.to(p.A), *B)
 
 
 def _symmetric(C: torch.Tensor, floor: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:

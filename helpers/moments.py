@@ -27,11 +27,12 @@ class Moments:
     total: torch.Tensor  # (S, d): Σ h
     square: torch.Tensor  # (S, d, d): Σ h[s]ᵀ h[s]
     cross: torch.Tensor  # (S, d, d): Σ h[s-1]ᵀ h[s]; [0] is unused
+    cross2: torch.Tensor  # (S, d, d): Σ h[s-2]ᵀ h[s]; [0] and [1] are unused
 
     @staticmethod
     def none(shift: torch.Tensor) -> Moments:
         square = shift.new_zeros(*shift.shape, shift.shape[1])
-        return Moments(shift, 0, torch.zeros_like(shift), square, square.clone())
+        return Moments(shift, 0, torch.zeros_like(shift), *(square.clone() for _ in range(3)))
 
     def __add__(self, other: Moments) -> Moments:
         if not torch.equal(self.shift, other.shift):
@@ -99,9 +100,9 @@ def _sums(parts: list[torch.Tensor], shift: torch.Tensor) -> Moments:
         square = torch.from_numpy(np.stack([x.T @ x for x in h.numpy()]))
     else:
         square = h.mT @ h
-    cross = torch.zeros_like(square)
-    cross[1:] = h[:-1].mT @ h[1:]
-    return Moments(shift, h.shape[1], total, square, cross)
+    cross, cross2 = torch.zeros_like(square), torch.zeros_like(square)
+    cross[1:], cross2[2:] = h[:-1].mT @ h[1:], h[:-2].mT @ h[2:]
+    return Moments(shift, h.shape[1], total, square, cross, cross2)
 
 
 def cached(path: str | Path, made_from: dict, make: Callable[[], Moments]) -> Moments:

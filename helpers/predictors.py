@@ -1,7 +1,8 @@
-"""Linear predictors between neighbouring kept steps: ridge regression of x[s] on x[s-1].
+"""Linear predictors of a kept step from those before: ridge regression of x[s] on x[s-1].
 
 What they leave over is the residual r[s] = x[s] - (x[s-1] A[s] + b[s]) of Residualized Temporal
-SAEs (arXiv:2605.27813). Everything is fitted from the sums of `helpers.moments`.
+SAEs (arXiv:2605.27813). With two lags x[s-2] B[s] is predicted, too. Everything is fitted from the
+sums of `helpers.moments`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from helpers.checks import refuse
+from helpers.checks import in_range, one_of, refuse
 from helpers.files import load_tensors, save_tensors
 from helpers.moments import Moments
 
@@ -27,8 +28,8 @@ STRENGTHS = tuple(10.0 ** np.arange(-6, 1.5, 0.5))
 class Predictors:
     """Standardisation, predictors and residual sizes of S kept steps and d channels.
 
-    x[s] = (h[s] - mu[s]) / scale[s], and x[s-1] A[s] + b[s] predicts it. Nothing precedes the first
-    step: A[0] and b[0] are zero, strength[0] is unused.
+    x[s] = (h[s] - mu[s]) / scale[s], and x[s-1] A[s] + x[s-2] B[s] + b[s] predicts it. Nothing
+    precedes the first step: A[0], b[0], B[0] and B[1] are zero, strength[0] is unused.
     """
 
     mu: torch.Tensor  # (S, d): mean
@@ -37,6 +38,7 @@ class Predictors:
     b: torch.Tensor  # (S, d)
     rho: torch.Tensor  # (S,): RMS of r[s] per channel, on the training images
     strength: torch.Tensor  # (S,): of the ridge, relative to the mean eigenvalue
+    B: torch.Tensor | None = None  # (S, d, d), of two steps back; None with one lag
 
     @property
     def n_steps(self) -> int:
@@ -51,12 +53,12 @@ class Predictors:
         return x * self.scale.to(x)[:, None] + self.mu.to(x)
 
     def to(self, device) -> Predictors:
-        """These predictors on another device."""
-        return Predictors(*(v.to(device) for v in vars(self).values()))
+        """These predictors on another device, or in another precision."""
+        return Predictors(**{name: v.to(device) for name, v in self._tensors().items()})
 
     def save(self, path: str | Path, record: dict | None = None) -> None:
         """Write one safetensors file, atomically, with a JSON-able record beside the tensors."""
-        save_tensors(path, vars(self), record)
+        save_tensors(path, self._tensors(), record)
 
     @staticmethod
     def load(path: str | Path) -> tuple[Predictors, dict]:
@@ -69,16 +71,37 @@ class Predictors:
                 f"{path} does not hold predictors; run 02_fit_predictors again"
             ) from None
 
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        return {name: v for name, v in vars(self).items() if v is not None}
 
-def fit(train: Moments, validation: Moments, strengths=STRENGTHS, dtype=torch.float32):
-    """Ridge regression between neighbouring steps, each at the strength best on held-out images.
+    def _weights(self, s: int) -> torch.Tensor:
+        """A[s] over B[s], as far as there are such steps before s: (lags · d, d), float64."""
+        lags = [M[s] for M in (self.A, self.B) if M is not None]
+        return torch.cat(lags[:s]).cpu().double()
 
-    Solves (XᵀX + strength · tr(XᵀX)/d · I) A = XᵀY in float64 on standardised activations. The
-    intercept is not penalised, and is zero because both sides are centred. The result is rounded to
-    `dtype`. Where there are fewer trajectories than channels, so that training residuals all but
-    vanish, rho is measured on the held-out images. ValueError names a step that never varies, is
-    predicted without error, or whose predictor is not determined.
+
+def fit(
+    train: Moments,
+    validation: Moments,
+    strengths=STRENGTHS,
+    dtype=torch.float32,
+    lags: int = 1,
+    rank: int | None = None,
+) -> Predictors:
+    """Ridge regression on the step before, each step at the strength best on held-out images.
+
+    Solves (XᵀX + strength · tr(XᵀX)/p · I) W = XᵀY in float64 on standardised activations. X has p
+    columns: x[s-1] and, with `lags` = 2, x[s-2] where there is one; W holds A[s], and B[s] below.
+    With `rank` r, W has at most rank r and minimises the same penalised error (reduced-rank ridge
+    regression, Mukherjee & Zhu 2011). The intercept is not penalised, and is zero because both
+    sides are centred. The result is rounded to `dtype`. Where there are fewer trajectories than
+    channels, so that training residuals all but vanish, rho is measured on the held-out images.
+    ValueError names a step that never varies, is predicted without error, or whose predictor is not
+    determined.
     """
+    one_of("lags", lags, (1, 2))
+    if rank is not None:
+        in_range("rank", rank, 1, train.shift.shape[1])
     strengths = list(strengths)
     if not strengths or not all(isinstance(v, Real) and 0 <= v < math.inf for v in strengths):
         refuse("ridge_strengths", strengths, "one or more numbers of at least 0")
@@ -86,10 +109,11 @@ def fit(train: Moments, validation: Moments, strengths=STRENGTHS, dtype=torch.fl
         raise ValueError("there are no trajectories in one of the splits; give both some prompts")
     mu, scale = _standardisation(train)
     seen, held = _products(train, mu, scale), _products(validation, mu, scale)
-    A, chosen = torch.zeros_like(seen.cross), torch.zeros_like(scale)
-    for s in range(1, len(A)):
-        A[s], chosen[s] = _ridge(seen, held, s, strengths)
-    return _predictors(mu, scale, A, chosen, seen, held, dtype)
+    W, chosen = seen.square.new_zeros(lags, *seen.square.shape), torch.zeros_like(scale)
+    for s in range(1, len(mu)):
+        found, chosen[s] = _ridge(seen, held, s, min(lags, s), strengths, rank)
+        W[: min(lags, s), s] = found.unflatten(0, (-1, mu.shape[1]))
+    return _predictors(mu, scale, W, chosen, seen, held, dtype)
 
 
 def identity(train: Moments, dtype: torch.dtype = torch.float32) -> Predictors:
@@ -104,13 +128,14 @@ def mean_only(train: Moments, dtype: torch.dtype = torch.float32) -> Predictors:
 
 
 def explained(predictors: Predictors, moments: Moments) -> np.ndarray:
-    """Share of each step's variance around `mu` that the step before explains, float64, (S-1,)."""
+    """Share of each step's variance around `mu` that those before explain, float64, (S-1,)."""
     p = predictors
-    mu, scale, A, b = (v.cpu().double() for v in (p.mu, p.scale, p.A, p.b))
+    mu, scale, b = (v.cpu().double() for v in (p.mu, p.scale, p.b))
     m, shares = _products(moments, mu, scale), []
-    for s in range(1, len(A)):
-        constant = m.count * b[s] @ b[s] - 2 * b[s] @ (m.total[s] - m.total[s - 1] @ A[s])
-        shares.append(1 - (m.error(A[s], s) + constant) / torch.trace(m.square[s]))
+    for s in range(1, p.n_steps):
+        W = p._weights(s)
+        constant = m.count * b[s] @ b[s] - 2 * b[s] @ (m.total[s] - m.before(s, W) @ W)
+        shares.append(1 - (m.error(W, s) + constant) / torch.trace(m.square[s]))
     return torch.stack(shares).numpy()
 
 
@@ -122,12 +147,15 @@ def eigenvalues(predictors: Predictors) -> np.ndarray:
 
 def residual_covariance(predictors: Predictors, moments: Moments) -> torch.Tensor:
     """Covariance of r[s] over the trajectories summed in `moments`, float64, (S, d, d)."""
-    mu, scale, A = (v.cpu().double() for v in (predictors.mu, predictors.scale, predictors.A))
+    mu, scale = (v.cpu().double() for v in (predictors.mu, predictors.scale))
     m = _products(moments, mu, scale)
     product, total = m.square.clone(), m.total.clone()
-    mixed = A[1:].mT @ m.cross[1:]
-    product[1:] += A[1:].mT @ m.square[:-1] @ A[1:] - mixed - mixed.mT
-    total[1:] -= torch.einsum("sd,sde->se", m.total[:-1], A[1:])
+    for s in range(1, len(mu)):
+        W = predictors._weights(s)
+        gram, with_target = m.regression(s, len(W))
+        mixed = W.T @ with_target
+        product[s] += W.T @ gram @ W - mixed - mixed.T
+        total[s] -= m.before(s, W) @ W
     return product / m.count - total[:, :, None] * total[:, None] / m.count**2
 
 
@@ -142,13 +170,27 @@ class _Products(NamedTuple):
 
     square: torch.Tensor  # (S, d, d): XᵀX
     cross: torch.Tensor  # (S, d, d): X[s-1]ᵀX[s]
+    cross2: torch.Tensor  # (S, d, d): X[s-2]ᵀX[s]
     total: torch.Tensor  # (S, d): ΣX
     count: int
 
-    def error(self, A: torch.Tensor, s: int) -> torch.Tensor:
-        """Σ ‖x[s] - x[s-1] A‖² over trajectories."""
-        spread = torch.trace(self.square[s])
-        return spread - 2 * (A * self.cross[s]).sum() + (A * (self.square[s - 1] @ A)).sum()
+    def regression(self, s: int, p: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """XᵀX (p, p) and Xᵀx[s] (p, d) of X = x[s-1], or of x[s-1] and x[s-2] where p is 2 · d."""
+        if p == self.total.shape[1]:
+            return self.square[s - 1], self.cross[s]
+        mixed = self.cross[s - 1]
+        first, second = [self.square[s - 1], mixed.T], [mixed, self.square[s - 2]]
+        gram = torch.cat([torch.cat(first, 1), torch.cat(second, 1)])
+        return gram, torch.cat([self.cross[s], self.cross2[s]])
+
+    def before(self, s: int, W: torch.Tensor) -> torch.Tensor:
+        """ΣX of the X that W (p, d) is multiplied with: (p,)."""
+        return self.total[:s].flip(0).flatten()[: len(W)]
+
+    def error(self, W: torch.Tensor, s: int) -> torch.Tensor:
+        """Σ ‖x[s] - X W‖² over trajectories, X as in `regression`."""
+        gram, with_target = self.regression(s, len(W))
+        return torch.trace(self.square[s]) - 2 * (W * with_target).sum() + (W * (gram @ W)).sum()
 
 
 def _products(m: Moments, mu: torch.Tensor, scale: torch.Tensor) -> _Products:
@@ -160,10 +202,13 @@ def _products(m: Moments, mu: torch.Tensor, scale: torch.Tensor) -> _Products:
         return product - mixed + m.count * left_off[:, :, None] * right_off[:, None]
 
     square = centre(m.square, m.total, m.total, off, off) / scale[:, None, None] ** 2
-    cross = torch.zeros_like(m.cross)
-    cross[1:] = centre(m.cross[1:], m.total[:-1], m.total[1:], off[:-1], off[1:])
-    cross[1:] /= (scale[:-1] * scale[1:])[:, None, None]
-    return _Products(square, cross, (m.total - m.count * off) / scale[:, None], m.count)
+    crosses = []
+    for lag, sums in ((1, m.cross), (2, m.cross2)):
+        cross = torch.zeros_like(sums)
+        cross[lag:] = centre(sums[lag:], m.total[:-lag], m.total[lag:], off[:-lag], off[lag:])
+        cross[lag:] /= (scale[:-lag] * scale[lag:])[:, None, None]
+        crosses.append(cross)
+    return _Products(square, *crosses, (m.total - m.count * off) / scale[:, None], m.count)
 
 
 def _standardisation(train: Moments) -> tuple[torch.Tensor, torch.Tensor]:
@@ -176,17 +221,22 @@ def _standardisation(train: Moments) -> tuple[torch.Tensor, torch.Tensor]:
     return train.shift + mean, scale
 
 
-def _ridge(seen: _Products, held: _Products, s: int, strengths) -> tuple[torch.Tensor, float]:
-    """The predictor of step s with the least held-out error among strengths, and its strength."""
-    values, vectors = torch.linalg.eigh(seen.square[s - 1])
-    projected = vectors.T @ seen.cross[s]
+def _ridge(seen: _Products, held: _Products, s: int, lags: int, strengths, rank):
+    """The predictor W of step s with the least held-out error among strengths, and its strength."""
+    gram, with_target = seen.regression(s, lags * seen.total.shape[1])
+    values, vectors = torch.linalg.eigh(gram)
+    projected = vectors.T @ with_target
     best = None
     for strength in strengths:
         shrunk = values.clamp(min=0) + strength * values.mean()
-        A = vectors @ (projected / shrunk[:, None])
-        error = held.error(A, s)
+        W = vectors @ (projected / shrunk[:, None])
+        if rank is not None and W.isfinite().all():
+            # Wᵀ XᵀY = Wᵀ (XᵀX + λI) W: fitted values, λ included; their main directions are kept
+            main = torch.linalg.eigh(W.T @ with_target).eigenvectors[:, -rank:]
+            W = W @ main @ main.T
+        error = held.error(W, s)
         if torch.isfinite(error) and (best is None or error < best[0]):
-            best = error, A, strength
+            best = error, W, strength
     if best is None:
         refuse("ridge_strengths", list(strengths), f"above 0 to determine kept step number {s}")
     return best[1:]
@@ -197,17 +247,20 @@ def _given(train: Moments, A: torch.Tensor, dtype: torch.dtype) -> Predictors:
     mu, scale = _standardisation(train)
     seen = _products(train, mu, scale)
     A = torch.stack([torch.zeros_like(A), *[A] * (len(mu) - 1)])
-    return _predictors(mu, scale, A, torch.zeros_like(scale), seen, seen, dtype)
+    return _predictors(mu, scale, (A,), torch.zeros_like(scale), seen, seen, dtype)
 
 
-def _predictors(mu, scale, A, strength, seen, held, dtype) -> Predictors:
-    """Predictors with rho as measured, on `held` where A fits what it has `seen` all too well."""
+def _predictors(mu, scale, weights, strength, seen, held, dtype) -> Predictors:
+    """Predictors with rho as measured, on `held` where they fit what they have `seen` too well."""
+    A, *B = weights
     rho = torch.ones_like(scale)
+    made = Predictors(mu, scale, A, torch.zeros_like(mu), rho, strength, *B)
     for s in range(1, len(rho)):
-        mse, held_mse = seen.error(A[s], s) / seen.count, held.error(A[s], s) / held.count
+        W = made._weights(s)
+        mse, held_mse = seen.error(W, s) / seen.count, held.error(W, s) / held.count
         rho[s] = ((mse if mse > 1e-4 * held_mse else held_mse) / len(A[s])).clamp(min=0).sqrt()
     for s in (rho == 0).nonzero().flatten().tolist():
         raise ValueError(
             f"steps: kept step number {s} is predicted without error; leave it out or add images"
         )
-    return Predictors(*(v.to(dtype) for v in (mu, scale, A, torch.zeros_like(mu), rho, strength)))
+    return made.to(dtype)

@@ -1,3 +1,6 @@
+import itertools
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -37,6 +40,9 @@ def member(name, seed=0):
         "mean only": lambda: residual(predictors.mean_only(accumulate([h]))),
         "whitened": lambda: whitened(p, accumulate([h])),
         "between": lambda: between(p, 0.3, 0.5),
+        "two lags": lambda: residual(second_order(seed), 0.5),
+        "two lags, whitened": lambda: whitened(second_order(seed), accumulate([h])),
+        "two lags, between": lambda: between(second_order(seed), 0.3, 0.5),
         "two back": lambda: two_back(seed),
         "two back, matrices": lambda: two_back(seed, matrix=True),
     }[name]()
@@ -44,8 +50,16 @@ def member(name, seed=0):
 
 MEMBERS = (
     *("raw", "residual", "half", "unweighted", "differences", "mean only", "whitened", "between"),
-    *("two back", "two back, matrices"),
+    *("two lags", "two lags, whitened", "two lags, between", "two back", "two back, matrices"),
 )
+
+
+def second_order(seed=0, n_steps=4, d=3):
+    """Predictors of two lags."""
+    g = torch.Generator().manual_seed(seed)
+    return replace(
+        some_predictors(n_steps, d, seed), B=0.3 * torch.randn(n_steps, d, d, generator=g)
+    )
 
 
 def trajectories(n=20, n_steps=4, d=3, seed=0):
@@ -164,17 +178,17 @@ def dense_metric(c):
 
 @given(seed=seeds, gamma=st.floats(0, 1), a=st.sampled_from([0.0, 0.5, 1.0]))
 def test_gamma_mixes_the_two_metrics(seed, gamma, a):
-    p = some_predictors(4, 3, seed)
-    mixed = (1 - gamma) * dense_metric(raw(p)) + gamma * dense_metric(residual(p, a))
-    found = dense_metric(between(p, gamma, a))
-    assert (found - mixed).norm() <= 1e-5 * mixed.norm()
+    for p in (some_predictors(4, 3, seed), second_order(seed)):
+        mixed = (1 - gamma) * dense_metric(raw(p)) + gamma * dense_metric(residual(p, a))
+        found = dense_metric(between(p, gamma, a))
+        assert (found - mixed).norm() <= 1e-5 * mixed.norm()
 
 
 @pytest.mark.parametrize("a", [0.0, 1.0])
 def test_the_ends_of_the_family_are_raw_and_residual(a):
-    p, x = some_predictors(4, 3), trajectories()
-    for gamma, end in ((0, raw(p)), (1, residual(p, a))):
-        c = between(p, gamma, a)
+    x = trajectories()
+    for p, gamma in itertools.product((some_predictors(4, 3), second_order()), (0, 1)):
+        c, end = between(p, gamma, a), (raw(p), residual(p, a))[gamma]
         torch.testing.assert_close(c.residualize(x), end.residualize(x), rtol=1e-4, atol=1e-5)
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from helpers.files import save_tensors
 from helpers.moments import Moments, accumulate, accumulate_once, cached
 
-SUMS = ("total", "square", "cross")
+SUMS = ("total", "square", "cross", "cross2")
 
 
 def same(one, other, rtol=0.0, atol=0.0):
@@ -27,6 +27,8 @@ def test_moments_are_the_sums_they_claim_to_be():
         np.testing.assert_allclose(m.square[s], x[:, s].T @ x[:, s], atol=1e-9)
         if s:
             np.testing.assert_allclose(m.cross[s], x[:, s - 1].T @ x[:, s], atol=1e-9)
+    np.testing.assert_allclose(m.cross2[2], x[:, 0].T @ x[:, 2], atol=1e-9)
+    assert not m.cross[0].any() and not m.cross2[:2].any()
 
 
 @given(seed=st.integers(0, 10_000), cuts=st.sets(st.integers(1, 11)))

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -18,12 +20,20 @@ def fitted():
     return train, validation, fit(first, accumulate([validation], first.shift))
 
 
+def two_back(seed=3):
+    """Predictors of no particular origin, with intercepts and two lags."""
+    B = 0.3 * torch.randn(S, D, D, generator=torch.Generator().manual_seed(seed))
+    return replace(some_predictors(S, D, seed), B=B)
+
+
 def residuals(p, h):
     """x and r, (trajectory, step, channel), float64, by the definition."""
     x = (flat(h) - p.mu.double().numpy()) / p.scale.double().numpy()[:, None]
     r = x.copy()
     for s in range(1, S):
         r[:, s] = x[:, s] - (x[:, s - 1] @ p.A[s].double().numpy() + p.b[s].double().numpy())
+        if s > 1 and p.B is not None:
+            r[:, s] -= x[:, s - 2] @ p.B[s].double().numpy()
     return x, r
 
 
@@ -52,6 +62,70 @@ def test_coefficients_are_those_of_sklearns_ridge(strength, offset):
         np.testing.assert_allclose(p.A[s], ridge.coef_.T, atol=1e-6)
         np.testing.assert_allclose(p.b[s], ridge.intercept_, atol=1e-6)
         assert p.strength[s] == pytest.approx(strength)
+
+
+@pytest.mark.parametrize("strength", [1e-6, 0.1])
+def test_two_lags_are_regressed_together(strength):
+    h = recorded(offset=10)
+    moments = accumulate([h])
+    p, one = (fit(moments, moments, (strength,), torch.float64, lags=n) for n in (2, 1))
+    x = p.standardise(torch.from_numpy(flat(h))).numpy()
+    X = np.concatenate([x[:, 1], x[:, 0]], 1)
+    alpha = strength * np.trace(X.T @ X) / (2 * D)
+    ridge = Ridge(alpha=alpha, tol=1e-12).fit(X, x[:, 2])
+    np.testing.assert_allclose(np.concatenate([p.A[2], p.B[2]]), ridge.coef_.T, atol=1e-9)
+    assert torch.equal(p.A[1], one.A[1]) and not p.B[:2].any() and one.B is None
+    np.testing.assert_allclose(p.rho, np.sqrt((residuals(p, h)[1] ** 2).mean((0, 2))), rtol=1e-9)
+    assert p.rho[2] < one.rho[2]
+
+
+def test_a_second_lag_finds_what_only_it_can_know():
+    g = torch.Generator().manual_seed(0)
+    first, second = torch.randn(2, 400, 4, D, generator=g)
+    h = torch.stack([first, second, first + 0.1 * torch.randn(400, 4, D, generator=g)], 1)
+    train = accumulate([h[:200]])
+    held = accumulate([h[200:]], train.shift)
+    one, two = (predictors.explained(fit(train, held, lags=n), held) for n in (1, 2))
+    assert one[1] < 0.05 and two[1] > 0.95 and one[0] == two[0]
+
+
+@pytest.mark.parametrize("lags", [1, 2])
+@pytest.mark.parametrize("rank", [1, 3])
+def test_low_rank_is_the_best_of_its_rank(rank, lags):
+    h, strength = recorded(offset=3), 0.05
+    moments = accumulate([h])
+    p = fit(moments, moments, (strength,), torch.float64, lags, rank)
+    x = p.standardise(torch.from_numpy(flat(h))).numpy()
+    for s in range(1, S):
+        X = np.concatenate([x[:, s - 1 - lag] for lag in range(min(lags, s))], 1)
+        penalty = np.sqrt(strength * np.trace(X.T @ X) / X.shape[1]) * np.eye(X.shape[1])
+        X, Y = np.concatenate([X, penalty]), np.concatenate([x[:, s], 0 * penalty[:, :D]])
+        W = np.linalg.lstsq(X, Y, rcond=None)[0]
+        fitted = np.linalg.svd(X @ W)
+        best = (fitted[0][:, :rank] * fitted[1][:rank]) @ fitted[2][:rank]
+        found = np.concatenate([M[s].numpy() for M in (p.A, p.B) if M is not None][:s])
+        np.testing.assert_allclose(X @ found, best, atol=1e-9)
+        assert np.linalg.matrix_rank(found, tol=1e-9) == rank
+        # a second way to the same: the columns and the rows, in turns
+        rows = np.random.default_rng(0).normal(size=(rank, D))
+        for _ in range(2000):
+            columns = np.linalg.lstsq(X, Y @ np.linalg.pinv(rows), rcond=None)[0]
+            rows = np.linalg.lstsq(X @ columns, Y, rcond=None)[0]
+        assert ((Y - X @ found) ** 2).sum() <= ((Y - X @ columns @ rows) ** 2).sum() + 1e-6
+
+
+def test_full_rank_is_no_restriction():
+    moments = accumulate([recorded()])
+    full, same = fit(moments, moments), fit(moments, moments, rank=D)
+    torch.testing.assert_close(same.A, full.A)
+    torch.testing.assert_close(same.rho, full.rho)
+
+
+@pytest.mark.parametrize("wrong", [{"lags": 3}, {"lags": 0}, {"rank": 0}, {"rank": D + 1}], ids=str)
+def test_lags_and_ranks_that_cannot_be_are_refused(wrong):
+    moments = accumulate([recorded()])
+    with pytest.raises(ValueError, match=f"^{[*wrong][0]} is"):
+        fit(moments, moments, **wrong)
 
 
 def test_the_means_take_up_the_intercept():
@@ -152,17 +226,18 @@ def test_identity_and_mean_only_are_what_they_are_called(fitted):
 
 
 def test_residual_covariance_is_that_of_the_residuals():
-    p, h = some_predictors(S, D, seed=3), recorded(30, seed=2, offset=7)
-    _, r = residuals(p, h)
-    C = residual_covariance(p, accumulate([h]))
-    assert C.dtype == torch.float64
-    for s in range(S):
-        np.testing.assert_allclose(C[s], np.cov(r[:, s].T, bias=True), rtol=1e-9, atol=1e-9)
+    h = recorded(30, seed=2, offset=7)
+    for p in (some_predictors(S, D, seed=3), two_back()):
+        _, r = residuals(p, h)
+        C = residual_covariance(p, accumulate([h]))
+        assert C.dtype == torch.float64
+        for s in range(S):
+            np.testing.assert_allclose(C[s], np.cov(r[:, s].T, bias=True), rtol=1e-9, atol=1e-9)
 
 
 def test_explained_is_the_share_of_variance_by_definition(fitted):
     held = recorded(30, seed=2)
-    for p in (fitted[2], some_predictors(S, D, seed=3)):  # the latter has intercepts
+    for p in (fitted[2], some_predictors(S, D, seed=3), two_back()):  # the latter have intercepts
         x, r = residuals(p, held)
         expected = 1 - (r[:, 1:] ** 2).sum((0, 2)) / (x[:, 1:] ** 2).sum((0, 2))
         np.testing.assert_allclose(predictors.explained(p, accumulate([held])), expected, rtol=1e-9)
@@ -177,18 +252,20 @@ def test_eigenvalues_come_largest_first():
 
 
 def test_predictors_move_to_another_device_whole(fitted):
-    moved = fitted[2].to("meta")
-    assert isinstance(moved, Predictors)
-    assert all(v.device.type == "meta" for v in vars(moved).values())
+    for p in (fitted[2], two_back()):
+        moved = p.to("meta")
+        assert isinstance(moved, Predictors) and (moved.B is None) == (p.B is None)
+        assert all(v.device.type == "meta" for v in vars(moved).values() if v is not None)
 
 
 def test_predictors_come_back_from_their_file(tmp_path, fitted):
-    _, _, p = fitted
-    p.save(tmp_path / "p.safetensors", {"steps": [0, 2]})
-    loaded, record = Predictors.load(tmp_path / "p.safetensors")
-    assert record == {"steps": [0, 2]} and loaded.n_steps == S
-    for name, value in vars(p).items():
-        assert torch.equal(getattr(loaded, name), value)
+    for p in (fitted[2], two_back()):
+        p.save(tmp_path / "p.safetensors", {"steps": [0, 2]})
+        loaded, record = Predictors.load(tmp_path / "p.safetensors")
+        assert record == {"steps": [0, 2]} and loaded.n_steps == S
+        for name, value in vars(p).items():
+            found = getattr(loaded, name)
+            assert found is value is None or torch.equal(found, value)
 
 
 def test_a_file_that_holds_no_predictors_is_named(tmp_path):
