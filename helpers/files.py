@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import secrets
 from contextlib import contextmanager, suppress
@@ -75,8 +76,17 @@ def save_text(path: str | Path, text: str) -> None:
 
 
 def save_json(path: str | Path, record, sort_keys: bool = True) -> None:
-    """Write a JSON file, atomically."""
-    save_text(path, json.dumps(record, indent=2, sort_keys=sort_keys) + "\n")
+    """Write a JSON file, atomically; NaN and infinity, which JSON has not, become null."""
+    text = json.dumps(_finite(record), indent=2, sort_keys=sort_keys, allow_nan=False)
+    save_text(path, text + "\n")
+
+
+def _finite(record):
+    if isinstance(record, dict):
+        return {name: _finite(value) for name, value in record.items()}
+    if isinstance(record, (list, tuple)):
+        return [_finite(value) for value in record]
+    return None if isinstance(record, float) and not math.isfinite(record) else record
 
 
 def load_json(path: str | Path):

@@ -61,6 +61,13 @@ def test_success_counts_as_much_as_was_kept():
     assert effects.headline(summary) == ("success", "kept")
 
 
+def test_what_has_no_label_is_not_judged():
+    before, after = np.zeros((2, 2, 2, 3)), np.ones((2, 2, 2, 3))
+    found = effects.measure(Reader(), "cluster 1", before, after, np.eye(2), (1, 2))
+    assert set(found) == {"inside", "outside"}
+    assert effects.summary(found)["inside"].value == 1
+
+
 def test_what_was_to_go_and_is_read_is_still_there():
     before, after = np.zeros((2, 2, 2, 3)), np.ones((2, 2, 2, 3)) * [[[[1]]], [[[0]]]]
     found = effects.measure(Reader(), "level=0.5", before, after, np.ones((2, 1)), (1, 1))

@@ -186,8 +186,37 @@ BEST = {
 
 
 def test_targets_are_the_best_detected_each_of_another_attribute():
-    assert experiment.choose_targets(BEST, [], 2) == ["background=sky", "colour=blue"]
+    found = {"best": BEST, "strongest": [{"name": "cluster 1", "residual": 5, "raw": 6}]}
+    chosen = experiment.choose_targets(found, [], 2)
+    assert list(chosen) == ["background=sky", "colour=blue"]
+    assert chosen["colour=blue"] is BEST["colour=blue"]
     given = ["colour=red", "colour=blue", "colour=red"]
-    assert experiment.choose_targets(BEST, given, 1) == ["colour=red", "colour=blue"]
+    assert list(experiment.choose_targets(found, given, 1)) == ["colour=red", "colour=blue"]
     with pytest.raises(ValueError, match="targets is 'colour=rad'.*colour=red"):
-        experiment.choose_targets(BEST, ["colour=rad"], 1)
+        experiment.choose_targets(found, ["colour=rad"], 1)
+
+
+def test_a_label_that_validation_images_cannot_rank_comes_last():
+    unknown = {"residual": 2, "raw": 3, "validation_auroc": {"residual": None, "raw": None}}
+    found = {"best": {"mark=plain": unknown} | BEST, "strongest": []}
+    assert list(experiment.choose_targets(found, [], 4))[-1] == "mark=plain"
+
+
+def test_without_labels_the_strongest_features_are_the_targets():
+    strongest = [{"name": f"cluster {i}", "residual": i, "raw": 2 * i} for i in (1, 2, 3)]
+    found = {"best": {}, "strongest": strongest}
+    chosen = experiment.choose_targets(found, [], 2)
+    assert chosen == {"cluster 1": strongest[0], "cluster 2": strongest[1]}
+    assert list(experiment.choose_targets(found, ["cluster 3"], 2)) == ["cluster 3"]
+    with pytest.raises(ValueError, match="targets is 'half=upper'.*cluster"):
+        experiment.choose_targets(found, ["half=upper"], 1)
+
+
+def test_the_region_of_a_feature_is_where_its_latent_is_active(residual, pool):
+    dense = dictionary.Dictionary("d", residual, sae.SAE(64, 5, 2))
+    x = residual.standardise(pool.h.transpose(1, 2))
+    dense.calibrate(x.flatten(0, 1))
+    y = residual.residualize(x)
+    expected = y @ dense.coder.W_enc[:, 3] > dense.coder.threshold[3]  # the biases are still zero
+    region = experiment.where_active(dense, 3, pool.h)
+    assert np.array_equal(region, expected.numpy()) and 0 < region.mean() < 1

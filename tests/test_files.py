@@ -287,3 +287,10 @@ def test_json_is_plain_text_with_sorted_keys_or_as_given(tmp_path):
     assert text.endswith("}\n") and list(json.loads(text)) == ["a", "b"]
     files.save_json(tmp_path / "a.json", {"b": 1, "a": 2}, sort_keys=False)
     assert list(files.load_json(tmp_path / "a.json")) == ["b", "a"]
+
+
+def test_what_is_not_a_number_is_null_in_json(tmp_path):
+    path, nan = tmp_path / "a.json", float("nan")
+    files.save_json(path, {"x": nan, "y": [(1.5, nan), {"z": float("inf"), "n": np.float64(nan)}]})
+    assert "NaN" not in path.read_text() and "Infinity" not in path.read_text()
+    assert files.load_json(path) == {"x": None, "y": [[1.5, None], {"z": None, "n": None}]}

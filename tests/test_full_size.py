@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.5 at full size, random weights, through notebooks 01 to 06: `make slow`."""
+"""Stable Diffusion 1.5 at full size, random weights, through notebooks 01 to 07: `make slow`."""
 
 import resource
 

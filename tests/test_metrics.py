@@ -56,6 +56,7 @@ def test_a_mean_and_its_interval():
 
 def test_an_estimate_prints_with_its_interval():
     assert str(metrics.Estimate(0.12345, 0.1, 0.2)) == "0.123 [0.100, 0.200]"
+    assert str(metrics.NOTHING) == "–"
 
 
 # --- explained variance -------------------------------------------------------------------------

@@ -65,6 +65,10 @@ def cells(text):
     return [[c.strip() for c in line.strip("|").split("|")] for line in text.splitlines()]
 
 
+def test_an_estimate_of_nothing_is_a_dash():
+    assert cells(report.table([{"": "a", "x": [None, None, None]}]))[-1][-1] == "–"
+
+
 def test_a_table_is_markdown_with_estimates_and_their_intervals():
     measured = [{"": "raw", "EV": [0.5, 0.25, 1.0]}, {"": "no", "EV": ""}]
     header, rule, *rows = cells(report.table(measured))

@@ -16,10 +16,10 @@ ALL = "all targets"
 def measure(truth, target: str, before, after, weights, grid) -> dict:
     """What steering in a region, weights (image, token), did to each image, (image,).
 
-    The truth's outcome and its 'success × kept', if it has any; 'inside' and 'outside': sums of
-    absolute pixel change and of weights.
+    The truth's outcome and its 'success × kept', if it can judge the target, a label as
+    'colour=red'; 'inside' and 'outside': sums of absolute pixel change and of weights.
     """
-    outcome = dict(truth.outcome(target, before, after))
+    outcome = dict(truth.outcome(target, before, after)) if "=" in target else {}
     if outcome:
         outcome[GAIN] = outcome["success"] * outcome["kept"]
     change = abs(after - before).mean(-1)

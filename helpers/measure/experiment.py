@@ -20,19 +20,33 @@ from helpers.measure.labels import Labels
 from helpers.trajectories import record
 
 
-def choose_targets(best: dict, given: list[str], n: int) -> list[str]:
-    """Labels to steer towards: those given, else the n best detected, each of another attribute.
+def choose_targets(found: dict, given: list[str], n: int) -> dict[str, dict]:
+    """What to steer towards, of latents.json: labels, or, if it has none, its strongest features.
 
-    The mean over both SAEs' AUROC in `best`, of latents.json, decides, to favour neither.
+    Those given, else n of them, each with its latent in both SAEs, 'residual' and 'raw': the best
+    detected labels, each of another attribute, by the mean of both SAEs' AUROC, to favour neither.
     """
+    best = found["best"] or {feature["name"]: feature for feature in found["strongest"]}
     for target in given:
         if target not in best:
-            refuse("targets", target, f"labels that have latents, such as {nearest(target, best)}")
-    auroc = {label: of["validation_auroc"] for label, of in best.items()}
-    of_attribute = {}
-    for label in sorted(best, key=lambda n: -auroc[n]["residual"] - auroc[n]["raw"]):
-        of_attribute.setdefault(label.split("=")[0], label)
-    return list(dict.fromkeys(given)) or list(of_attribute.values())[:n]
+            refuse("targets", target, f"a target with latents, such as {nearest(target, best)}")
+    ranked, of_attribute = list(best), {}
+    if found["best"]:  # an AUROC may be null, where validation images cannot tell
+        auroc = {t: of["validation_auroc"] for t, of in best.items()}
+        ranked.sort(key=lambda t: -(auroc[t]["residual"] or 0) - (auroc[t]["raw"] or 0))
+    for target in ranked:
+        of_attribute.setdefault(target.split("=")[0], target)
+    return {t: best[t] for t in given or list(of_attribute.values())[:n]}
+
+
+def where_active(dictionary: Dictionary, latent: int, h: torch.Tensor) -> np.ndarray:
+    """1 where a latent is active in raw trajectories (image, step, token, channel), else 0.
+
+    Float, (image, token): the region to steer in where nothing else says where a feature is.
+    """
+    x = dictionary.coordinates.standardise(h.float().transpose(1, 2))
+    z = dictionary.codes(x.to(dictionary.coordinates.mu.device))[..., latent]
+    return (z > 0).double().cpu().numpy()
 
 
 class ClassMeans(NamedTuple):

@@ -17,13 +17,15 @@ Z = 1.959963984540054  # the normal distribution's 97.5th percentile
 
 
 class Estimate(NamedTuple):
-    """A figure and the ends of its 95 % interval."""
+    """A figure and the ends of its 95 % interval; NaN where there is nothing to measure."""
 
     value: float
     low: float
     high: float
 
     def __str__(self) -> str:
+        if np.isnan(self.value):
+            return "–"
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 

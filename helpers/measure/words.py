@@ -12,8 +12,7 @@ from helpers.measure.labels import Labels
 class Words:
     """Labels are the commonest 20 words that a twentieth to half of all the run's prompts have.
 
-    Numbers of classes are words. Where there are none, as without prompts, labels are the upper and
-    lower halves of the image.
+    Numbers of classes are words. Without prompts, or with words that all share, there are none.
     """
 
     def __init__(self, prompts=()):
@@ -28,16 +27,13 @@ class Words:
             self._words = []
 
     def labels(self, prompts: list[str], images: np.ndarray, grid: tuple[int, int]) -> Labels:
-        """Words of each image's prompt, at all its tokens, or the halves of the image."""
-        n, n_tokens = len(prompts), grid[0] * grid[1]
-        if self._words:
+        """Words of each image's prompt, at all its tokens."""
+        n, names = len(prompts), [f"word={word}" for word in self._words]
+        owner = np.repeat(np.arange(n)[:, None], grid[0] * grid[1], axis=1)
+        has = np.zeros((n, 0), bool)
+        if names:
             has = self._counter.transform(prompts).toarray().astype(bool)
-            owner = np.repeat(np.arange(n)[:, None], n_tokens, axis=1)
-            names = [f"word={word}" for word in self._words]
-            return Labels(names, owner, has, kind=np.zeros(n, int))
-        owner = 2 * np.arange(n)[:, None] + (np.arange(n_tokens) >= n_tokens // 2)
-        has = np.tile(np.eye(2, dtype=bool), (n, 1))
-        return Labels(["half=upper", "half=lower"], owner, has, kind=np.zeros(2 * n, int))
+        return Labels(names, owner, has, kind=np.zeros(n, int))
 
     def judged(self, *what) -> dict[str, np.ndarray]:
         """Nothing: what an image shows cannot be read, nor what steering did to it."""

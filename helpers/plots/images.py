@@ -2,6 +2,8 @@
 
 import numpy as np
 
+GAP = 2  # white pixels between the images of `tile`
+
 
 def show_image(ax, image: np.ndarray, title: str = "", **place) -> None:
     """An image (height, width, 3 or 1) in [0, 1], without axes."""
@@ -40,9 +42,9 @@ def heat_strip(ax, image: np.ndarray, heat: np.ndarray, timesteps, vmax: float, 
 
 
 def tile(images: np.ndarray, columns: int) -> np.ndarray:
-    """Images (n, height, width, 3 or 1) in [0, 1] as one, uint8, with a two-pixel white gap."""
+    """Images (n, height, width, 3 or 1) in [0, 1] as one, uint8, one channel as grey."""
     images = np.broadcast_to(images, (*images.shape[:3], 3))
-    gaps = ((0, -len(images) % columns), (0, 2), (0, 2), (0, 0))
+    gaps = ((0, -len(images) % columns), (0, GAP), (0, GAP), (0, 0))
     tiles = np.pad((images * 255).round().astype(np.uint8), gaps, constant_values=255)
     rows = np.split(tiles, len(tiles) // columns)
-    return np.vstack([np.hstack(row) for row in rows])[:-2, :-2]
+    return np.vstack([np.hstack(row) for row in rows])[:-GAP, :-GAP]

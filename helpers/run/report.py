@@ -41,8 +41,15 @@ def put_between(page: Path, name: str, text: str) -> None:
 
 def table(rows: list[dict]) -> str:
     """A Markdown table; an estimate is a list of its value and the ends of its interval."""
-    shown = [r | {k: str(Estimate(*v)) for k, v in r.items() if isinstance(v, list)} for r in rows]
+    shown = [
+        r | {k: str(Estimate(*map(_number, v))) for k, v in r.items() if isinstance(v, list)}
+        for r in rows
+    ]
     return tabulate(shown, "keys", tablefmt="github", disable_numparse=True)
+
+
+def _number(value: float | None) -> float:
+    return float("nan") if value is None else value  # JSON has no NaN
 
 
 def tables(metrics: dict[str, dict]) -> str:
