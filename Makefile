@@ -3,7 +3,7 @@ BIN := .venv/bin
 # tests run a process a core: a thread each, and no core kept busy by waiting
 QUIET := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive TOKENIZERS_PARALLELISM=false
 
-.PHONY: demo test quick notebooks lab run estimate bench gpu slow clean
+.PHONY: demo test quick notebooks lab run sweep estimate bench gpu slow clean
 
 # Run notebooks 01 to 07 on the shipped model; what is done and intact is skipped.
 demo: .venv/installed
@@ -12,6 +12,10 @@ demo: .venv/installed
 # The same with another file of notebooks/parameters: make run RUN=sd15
 run: .venv/installed
 	$(BIN)/python -m helpers.run $(RUN)
+
+# Train and measure what notebook 07 compares, as far as it is not done: make sweep RUN=comparison
+sweep: .venv/installed
+	$(BIN)/python -m helpers.run.sweep $(RUN)
 
 # Format, lint, unit tests, papermill with changed parameters, every notebook at smoke size.
 test: .venv/installed
