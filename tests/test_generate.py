@@ -16,7 +16,7 @@ from diffusers import (
 )
 from PIL import Image
 
-from helpers.pipelines.generate import arguments_of, generate, generate_all
+from helpers.pipelines.generate import arguments_of, generate, generate_all, switch_prompts
 
 SEEDS = [10, 11, 12]
 
@@ -43,6 +43,40 @@ def test_batches_are_joined_in_order(pipe, prompts):
     joined = generate_all(pipe, prompts, range(5), 2, **SAMPLING)
     parts = [(prompts[:2], [0, 1]), (prompts[2:4], [2, 3]), (prompts[4:], [4])]
     assert np.array_equal(joined, np.concatenate([generate(pipe, *p, **SAMPLING) for p in parts]))
+
+
+@pytest.mark.parametrize("model", ["sd1", "sdxl", "sd3"])
+def test_switched_prompts_are_those_of_the_steps_before_and_after(model):
+    """Against a denoiser that is handed, from a step on, the inputs of a run with the others."""
+    pipe, before, after = built(model), ["a dog"] * 2, ["two cats", "a red house"]
+    denoiser = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
+    sampling = {"num_inference_steps": 4, "guidance_scale": 3.0, "height": 16, "width": 16}
+    texts, given, step = ("encoder_hidden_states", "added_cond_kwargs", "pooled_projections"), [], 0
+
+    def note(_, args, kwargs):
+        given.append({k: kwargs[k] for k in texts if k in kwargs})
+
+    def swap(_, args, kwargs):
+        nonlocal step
+        step += 1
+        return args, kwargs | (given[0] if step > 2 else {})
+
+    ends = []
+    for prompts, hook in ((after, note), (before, swap)):
+        handle = denoiser.register_forward_pre_hook(hook, with_kwargs=True)
+        ends.append(generate(pipe, prompts, [3, 4], **sampling))
+        handle.remove()
+    switched = {s: switch_prompts(pipe, before, after, [3, 4], s, **sampling) for s in (0, 2, 4)}
+    assert np.array_equal(switched[0], ends[0])
+    assert np.array_equal(switched[2], ends[1])
+    assert np.array_equal(switched[4], generate(pipe, before, [3, 4], **sampling))
+    assert min(abs(switched[2] - switched[s]).max() for s in (0, 4)) > 1e-3
+
+
+@pytest.mark.parametrize("model", ["flux", "pixart", "dit", "ddpm"])
+def test_prompts_that_cannot_be_switched_on_the_way_are_refused(model):
+    with pytest.raises(ValueError, match="model is .*callback_on_step_end"):
+        switch_prompts(built(model), ["1"], ["2"], [0], 1, **SAMPLING)
 
 
 # --- what is asked of a pipeline ----------------------------------------------------------------

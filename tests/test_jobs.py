@@ -62,10 +62,17 @@ def run(pipe, tmp_path_factory):
 
 
 def test_prompts_seeds_and_splits_of_scenes():
-    prompts, seeds, splits = jobs.prompts_of(parameters("/r", seed=2))
+    prompts, seeds, splits = jobs.prompts_of(parameters("/r", seed=2, prompts="full"))
     assert splits == ["train"] * 6 + ["validation"] * 2 + ["test"] * 2
     assert seeds == [2_000_000 + i for i in range(10)]
     assert prompts == [world.caption(s) for s in world.sample(10, np.random.default_rng([2, 10]))]
+
+
+def test_open_captions_say_parts_of_what_full_ones_say():
+    given = {w: jobs.prompts_of(parameters("/r", prompts=w))[0] for w in ("scenes", "full")}
+    assert given["scenes"] != given["full"]
+    for part, whole in zip(given["scenes"], given["full"]):
+        assert {*part.split()} <= {*whole.split(), "thing", "a", "an"}
 
 
 def test_prompts_of_a_file_or_none_at_all(tmp_path):

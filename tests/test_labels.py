@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -61,7 +63,7 @@ def test_labels_of_tokens_are_those_of_what_owns_them(labels):
     assert white == [[0, 0, 1, 0], [0, 0, 0, 0]]
     assert sky == [[0, 0, 0, 0], [0, 1, 1, 1]]
     assert none == [[0] * 4] * 2
-    assert labels.of_kind(0).astype(int).tolist() == [[1, 1, 0, 0], [1, 0, 0, 0]]
+    assert labels.among("colour=red").astype(int).tolist() == [[1, 1, 0, 0], [1, 0, 0, 0]]
     assert [labels.kind_of(name) for name in labels.names] == [0, 0, 1, 1, 0]
 
 
@@ -70,6 +72,13 @@ def test_a_label_is_contrasted_with_others_of_its_kind_only(labels):
     assert having == [[0, 1, 0, 0], [1, 0, 0, 0]] and lacking == [[1, 0, 0, 0], [0, 0, 0, 0]]
     having, lacking = (v.astype(int).tolist() for v in labels.contrast("background=sky"))
     assert having == [[0, 0, 0, 0], [0, 1, 1, 1]] and lacking == [[0, 0, 1, 0], [0, 0, 0, 0]]
+
+
+def test_what_could_not_carry_a_label_is_not_compared(labels):
+    applies = np.ones((5, 5), bool)
+    applies[3, 0] = False  # the second image's blue thing has, say, no turn
+    having, lacking = replace(labels, applies=applies).contrast("colour=red")
+    assert np.argwhere(having).tolist() == [[0, 0]] and np.argwhere(lacking).tolist() == [[0, 1]]
 
 
 def test_labels_of_some_tokens_only(labels):

@@ -223,12 +223,25 @@ def test_the_autoencoder_sees_training_scenes_alone(autoencoder):
     assert len(set(seen)) > 30 and {world.split(s) for s in seen} == {"train"}
 
 
+def said(scene):
+    """All that a caption could name of a scene; None where it does not."""
+    things = [getattr(o, a) for o in scene.objects for a in world.NAMED if a != "background"]
+    return [scene.background, *things]
+
+
 def test_latents_are_drawn_once_and_have_about_unit_spread(autoencoder, monkeypatch):
     pipe, folder, _ = autoencoder
     latents, captions = train.cache_latents(pipe, 40, folder / "latents", seed=1)
     assert latents.shape == (40, 4, 16, 16) and latents.dtype == torch.float16
     assert latents.float().std() == pytest.approx(1, abs=0.2)
-    assert {world.split(world.parse(c)) for c in captions} == {"train"}
+    assert len(captions) == 160 and len(set(captions)) > 80  # four of each scene
+    told = [world.parse(c) for c in captions]
+    assert "held_out" not in {world.split(s) for s in told}
+    complete = [s for s in told if s.objects and None not in said(s)]
+    assert 3 < len(complete) and {world.split(s) for s in complete} == {"train"}
+    for first, *others in zip(*(told[i : i + 40] for i in range(0, 160, 40))):
+        places = {s.background for s in (first, *others)} - {None}
+        assert len(places) <= 1  # of one scene, the latent's
     monkeypatch.setattr(world, "render", None)  # not drawn again
     again, captions_again = train.cache_latents(pipe, 40, folder / "latents", seed=1)
     assert torch.equal(latents, again) and captions == captions_again

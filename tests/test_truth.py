@@ -13,6 +13,7 @@ def found(rows=slice(0, 32), columns=slice(0, 40), position="left", **values):
     mask = np.zeros((64, 64), bool)
     mask[rows, columns] = True
     values = {"shape": "circle", "colour": "red", "size": "small", "texture": "solid"} | values
+    values = {"shade": "light", "mark": "plain"} | values
     return Found(position=position, mask=mask, iou=1.0, **values)
 
 
@@ -51,7 +52,22 @@ def test_labels_worked_by_hand(images_of):
     assert at["background=white"] == [none, none, every]
     assert at["colour=blue"] == [none] * 3
     assert made.kind.tolist() == [truth.BACKGROUND, truth.OBJECT, truth.BACKGROUND]
-    assert len(made.names) == len(set(made.names)) == 18
+    assert at["shade=light"] == at["mark=plain"] == at["colour=red"]
+    assert len(made.names) == len(set(made.names)) == 26
+    assert made.among("mark=marked").tolist() == [[True, False, False, False], none, none]
+    assert not made.among("turn=tilted").any()  # circles have none
+    assert not made.among("phase=odd").any()  # nor have solid things a phase
+
+
+def test_large_patches_belong_to_the_object_that_covers_most_of_them(images_of):
+    images = images_of(Reading((found(slice(4, 16), slice(4, 20)),), "sky"))
+    made = Scenes().labels([""], images, (2, 2))
+    assert made.at_tokens()[0, :, made.names.index("colour=red")].tolist() == [
+        True,
+        False,
+        False,
+        False,
+    ]
 
 
 def test_unreadable_images_give_no_labels(images_of):
@@ -92,7 +108,7 @@ def test_objects_kept_worked_by_hand(images_of):
     before = images_of(*[Reading(two, "sky")] * 4, NOTHING)
     after = images_of(
         Reading(two[::-1], "white"),
-        Reading((two[0], found(position="right", colour="blue", texture="dotted")), "sky"),
+        Reading((two[0], found(position="right", colour="blue", texture="barred")), "sky"),
         Reading((two[0], found(position="right", colour="green")), "sky"),
         NOTHING,
         Reading(two, "sky"),
@@ -157,7 +173,7 @@ def test_no_images_have_no_outcome_and_no_labels():
     none = drawn()
     assert Scenes().has("colour=red", none).shape == (0,)
     assert Scenes().outcome("colour=red", none, none)["kept"].shape == (0,)
-    assert Scenes().labels([], none, (2, 2)).at_tokens().shape == (0, 4, 18)
+    assert Scenes().labels([], none, (2, 2)).at_tokens().shape == (0, 4, 26)
 
 
 @pytest.mark.parametrize("target", ["colour=pink", "colour", "", "word=dog", "size=red"])
@@ -177,6 +193,7 @@ CAPTION = world.caption(world.EXAMPLE)
         ([CAPTION], 64, True),
         ([CAPTION, "a dog"], 64, False),
         ([CAPTION], 32, False),
+        ([""], 64, True),
         ([], 64, False),
     ],
 )

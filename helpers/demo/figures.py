@@ -1,7 +1,5 @@
 """Drawings of the demo model's notebook: scenes with their captions, and shares right as bars."""
 
-from __future__ import annotations
-
 import textwrap
 
 import numpy as np
@@ -27,7 +25,7 @@ def show_scene(ax, image: np.ndarray, scene: world.Scene, wrong: list[str] | Non
 
 def wrong_in(judgements: dict, i: int) -> list[str]:
     """Names of the attributes that are wrong in image i."""
-    return [NAMES[a] for a in (*world.ATTRIBUTES, "count") if judgements[a][i] < 1]
+    return [NAMES[a] for a in (*world.ATTRIBUTES, "count") if judgements[a][i] < 1]  # not of NaN
 
 
 def quality_bars(ax, quality: dict, chance: dict, kind: str) -> None:

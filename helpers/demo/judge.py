@@ -4,8 +4,6 @@ The reader looks at images made for captions that no training batch contained, a
 held against the caption. The control holds it against another image's caption.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from itertools import product
@@ -13,6 +11,7 @@ from pathlib import Path
 from string import Template
 
 import numpy as np
+from scipy.stats import entropy
 from tabulate import tabulate
 
 from helpers.checks import in_range, refuse
@@ -32,16 +31,16 @@ AIMS |= {"texture": 0.8, "all": 0.75}
 
 
 def scenes_to_judge(n_captions: int, seed: int) -> list[Scene]:
-    """Different scenes: equally many unseen and held out, of one object and of two each."""
+    """Complete scenes of different captions, equally many of each of `groups`."""
     in_range("n_captions", n_captions, 4, 1200)  # there are no more unseen ones of one object
     if n_captions % 4:
         refuse("n_captions", n_captions, "a multiple of 4")
     rng = np.random.default_rng([seed, 4])
-    scenes: dict[Scene, None] = {}  # a set that keeps its order
+    scenes: dict[str, Scene] = {}  # by caption
     for i, (split, two) in enumerate(product(("unseen", "held_out"), (0.0, 1.0)), 1):
         while len(scenes) < i * n_captions // 4:
-            scenes |= dict.fromkeys(world.sample(1, rng, (split,), two))
-    return list(scenes)
+            scenes |= {world.caption(s): s for s in world.sample(1, rng, (split,), two)}
+    return list(scenes.values())
 
 
 def groups(wanted: list[Scene]) -> dict[tuple[str, str], np.ndarray]:
@@ -50,27 +49,33 @@ def groups(wanted: list[Scene]) -> dict[tuple[str, str], np.ndarray]:
     return {kind: np.array([k == kind for k in kinds]) for kind in dict.fromkeys(kinds)}
 
 
+def named(scenes: list[Scene]) -> list[Scene]:
+    """What the scenes' captions say of them: images made from captions can be held to no more."""
+    return [world.parse(world.caption(s)) for s in scenes]
+
+
 def judge(wanted: list[Scene], readings: list[Reading]) -> dict[str, np.ndarray]:
     """`reader.judge` for many: attribute -> share of each scene's objects that are right, (n,)."""
     each = [reader.judge(s, r) for s, r in zip(wanted, readings, strict=True)]
     return {attribute: np.array([j[attribute] for j in each]) for attribute in each[0]}
 
 
-def estimate(shares: np.ndarray, seed: int = 0) -> Estimate:
-    """Mean over scenes, with Wilson's interval if each is right or wrong, else resampling them."""
-    if np.isin(shares, (0, 1)).all():
-        return metrics.share(shares == 1)
-    return metrics.mean(shares, seed=seed)
+def estimate(shares: np.ndarray) -> Estimate:
+    """Mean over those scenes of which a caption gives the attribute; `metrics.share`'s interval."""
+    given = shares[~np.isnan(shares)]
+    return metrics.share(given == 1 if np.isin(given, (0, 1)).all() else given)
 
 
-def estimates(judgements: dict[str, np.ndarray], seed: int = 0) -> dict[str, Estimate]:
-    return {a: estimate(shares, seed) for a, shares in judgements.items()}
+def estimates(judgements: dict[str, np.ndarray]) -> dict[str, Estimate]:
+    """`estimate` for each attribute that some caption gives."""
+    given = {a: shares for a, shares in judgements.items() if not np.isnan(shares).all()}
+    return {a: estimate(shares) for a, shares in given.items()}
 
 
-def by_group(judgements: dict, wanted: list[Scene], seed: int = 0):
+def by_group(judgements: dict, wanted: list[Scene]):
     """`estimates` within each of `groups`."""
     return {
-        group: estimates({a: v[members] for a, v in judgements.items()}, seed)
+        group: estimates({a: v[members] for a, v in judgements.items()})
         for group, members in groups(wanted).items()
     }
 
@@ -92,15 +97,29 @@ def against_aims(
     return {a: (e, AIMS[a], e.value >= AIMS[a]) for a, e in measured.items()}
 
 
+def spread(readings: list[Reading]) -> dict[str, float]:
+    """How evenly the values of attributes are spread: entropy as a share of its largest, 0 to 1."""
+    found = [thing for _, thing in reader.things(readings)]
+    out = {}
+    for attribute, values in world.ATTRIBUTES.items():
+        read = [getattr(thing, attribute, None) for thing in found]
+        counts = [read.count(v) for v in values]
+        out[attribute] = float(entropy(counts) / np.log(len(values))) if any(counts) else math.nan
+    return out
+
+
 def evaluate(pipe, wanted: list[Scene], seeds, batch_size: int = 50, **sampling):
-    """Images for the scenes' captions, (n, 64, 64, 3) in [0, 1], their readings and `judge`'s."""
+    """Images for the scenes' captions, (n, 64, 64, 3) in [0, 1], their readings and `judge`'s.
+
+    They are judged by what is `named`.
+    """
     captions = [world.caption(s) for s in wanted]
     images = generate_all(pipe, captions, seeds, batch_size, desc="sampling", **sampling)
     readings = reader.read(images)
-    return images, readings, judge(wanted, readings)
+    return images, readings, judge(named(wanted), readings)
 
 
-def predicted_images(pipe, wanted: list[Scene], seeds, **sampling) -> np.ndarray:
+def predicted_images(pipe, prompts: list[str], seeds, **sampling) -> np.ndarray:
     """The finished image that the model predicts at each step: (step, n, 64, 64, 3), in [0, 1].
 
     The scheduler's `pred_original_sample`, equation 9 of Song et al. (2021), arXiv:2010.02502,
@@ -116,7 +135,7 @@ def predicted_images(pipe, wanted: list[Scene], seeds, **sampling) -> np.ndarray
 
     pipe.scheduler.step = remember
     try:
-        generate(pipe, [world.caption(s) for s in wanted], seeds, **sampling)
+        generate(pipe, prompts, seeds, **sampling)
     finally:
         del pipe.scheduler.step
     return np.stack([decode(pipe.vae, c) for c in clean])

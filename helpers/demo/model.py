@@ -6,8 +6,6 @@ works on this model works on that one by changing a path. Only the sizes differ,
 has no attention, which halves the cost on a CPU.
 """
 
-from __future__ import annotations
-
 import copy
 from collections import Counter
 from pathlib import Path
@@ -27,8 +25,8 @@ MAX_BYTES = 25e6  # of the shipped weights: small enough to live in the reposito
 
 def build_tokenizer() -> CLIPTokenizer:
     """A CLIP tokenizer with one token for each word of a caption; other words fall to bytes."""
-    words = sorted({w for values in world.ATTRIBUTES.values() for v in values for w in v.split()})
-    merges = _merges([*words, "a", "and", "at", "the", "on", "background"])
+    words = sorted({w for values in world.NAMED.values() for v in values for w in v.split()})
+    merges = _merges([*words, "a", "an", "and", "at", "the", "on", "thing", "background"])
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = [*letters, *(c + "</w>" for c in letters), *("".join(m) for m in merges)]
     tokens += ["<|startoftext|>", "<|endoftext|>"]
@@ -87,7 +85,7 @@ def build(seed: int = 0) -> StableDiffusionPipeline:
         sample_size=world.IMAGE_SIZE // 4,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        block_out_channels=(64, 128, 160),
+        block_out_channels=(64, 96, 128),
         layers_per_block=1,
         cross_attention_dim=128,
         attention_head_dim=4,

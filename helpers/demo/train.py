@@ -4,8 +4,6 @@ Text encoder and U-Net are trained together. Every batch is drawn from a generat
 (seed, step), so a training that was stopped goes on, from its checkpoint, as if it had not been.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from dataclasses import asdict, dataclass
@@ -75,9 +73,10 @@ def train_autoencoder(pipe, schedule: Schedule, checkpoint) -> tuple[np.ndarray,
 
 
 def cache_latents(pipe, n: int, path, seed: int = 0) -> tuple[torch.Tensor, list[str]]:
-    """Scaled latents, float16, (n, 4, 16, 16), and captions of n training scenes.
+    """Scaled latents, float16, (n, 4, 16, 16), of n training scenes, and their captions.
 
-    They are encoded once, into the file `path`.
+    Four captions a scene, each leaving something else open; caption i is of latent i mod n. Latents
+    are encoded once, into the file `path`.
     """
     in_range("n", n, 1)
     rng = np.random.default_rng([seed, 3])
@@ -92,24 +91,26 @@ def cache_latents(pipe, n: int, path, seed: int = 0) -> tuple[torch.Tensor, list
         save_tensors(path, {"latents": torch.cat(parts)}, {"seed": seed})
     tensors, record = load_tensors(path)
     _refuse_others(path, record | {"n": len(tensors["latents"])}, {"n": n, "seed": seed})
-    return tensors["latents"], [world.caption(s) for s in scenes]
+    rng = np.random.default_rng([seed, 7])
+    captions = [world.caption(world.leave_open(s, rng)) for _ in range(4) for s in scenes]
+    return tensors["latents"], captions
 
 
 def train_denoiser(
-    pipe, latents, captions, schedule: Schedule, checkpoint, *, drop_caption=0.1, layout_from=1750
+    pipe, latents, captions, schedule: Schedule, checkpoint, *, drop_caption=0.1, layout_from=1600
 ) -> tuple[np.ndarray, float]:
     """Train text encoder and U-Net to predict the noise in `latents`, (n, 4, 16, 16), scaled.
 
-    A share `drop_caption` of the captions is replaced by the empty one, for classifier-free
-    guidance. The error at a timestep of signal-to-noise ratio SNR is weighted by
-    min(SNR + floor, 5) / SNR: Min-SNR-5 (Hang et al. 2023, arXiv:2303.09556) with a floor, without
-    which the layout, decided at SNR < 0.1, is hardly learnt. The floor is 0.1, and 1 from step
-    `layout_from` on. Returns what `train` returns.
+    Captions are as `cache_latents` gives them. A share `drop_caption` of them is replaced by the
+    empty one, for classifier-free guidance. The error at a timestep of signal-to-noise ratio SNR is
+    weighted by min(SNR + floor, 5) / SNR: Min-SNR-5 (Hang et al. 2023, arXiv:2303.09556) with a
+    floor, without which the layout, decided at SNR < 0.1, is hardly learnt. The floor is 0.1, and 1
+    from step `layout_from` on. Returns what `train` returns.
     """
     in_range("drop_caption", drop_caption, 0, 1)
     in_range("layout_from", layout_from, 0)
-    if len(latents) != len(captions):
-        refuse("number of captions", len(captions), f"that of the latents, {len(latents)}")
+    if not captions or len(captions) % len(latents):
+        refuse("number of captions", len(captions), f"a multiple of {len(latents)}, the latents'")
     unet, text_encoder = pipe.unet.train(), pipe.text_encoder.train()
     padding = {"padding": "max_length", "max_length": MAX_TOKENS, "truncation": True}
     ids = pipe.tokenizer([*captions, ""], return_tensors="pt", **padding).input_ids
@@ -124,7 +125,7 @@ def train_denoiser(
         timesteps = torch.randint(len(alphas), (n,), generator=g)
         noise = torch.randn((n, *latents.shape[1:]), generator=g)
         dropped = torch.rand(n, generator=g) < drop_caption
-        noisy = pipe.scheduler.add_noise(latents[pick].float(), noise, timesteps)
+        noisy = pipe.scheduler.add_noise(latents[pick % len(latents)].float(), noise, timesteps)
         context = text_encoder(torch.where(dropped[:, None], ids[-1], ids[pick]).to(device))[0]
         with _autocast(device):
             predicted = unet(noisy.to(device), timesteps.to(device), context).sample

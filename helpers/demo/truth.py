@@ -4,8 +4,6 @@
 A target is a label such as 'colour=red': an attribute and the value to steer it to.
 """
 
-from __future__ import annotations
-
 from operator import attrgetter
 
 import numpy as np
@@ -14,8 +12,8 @@ from helpers.checks import nearest, refuse
 from helpers.demo import reader, world
 from helpers.measure.labels import Labels, token_shares
 
-LABELLED = ("colour", "shape", "size", "texture", "background")
-NAMES = [f"{attribute}={value}" for attribute in LABELLED for value in world.ATTRIBUTES[attribute]]
+LABELLED = ("colour", "shape", "size", "texture", "background", *world.FINE)
+LABELS = [(attribute, value) for attribute in LABELLED for value in world.ATTRIBUTES[attribute]]
 JUDGED = ("colour_at_place", "shape", "size", "texture", "background", "all")
 KEPT = {
     "objects kept": ("position", "colour", "shape"),
@@ -39,24 +37,44 @@ class Scenes:
     def labels(self, prompts: list[str], images: np.ndarray, grid: tuple[int, int]) -> Labels:
         """What the tokens of images, (image, height, width, 3), show.
 
-        A token belongs to an object that covers at least half of its patch, to the background if
-        objects cover less than a tenth, and to nothing in between or in an unreadable image.
+        A token belongs to an object that covers at least half of its patch (where patches are too
+        large for that: to the one that covers most), to the background if objects cover less than a
+        tenth, and to nothing in between or in an unreadable image. Things are numbered as
+        `reader.things` lists them. Circles have no turn, solid things no phase.
         """
-        owner = np.full((len(images), grid[0] * grid[1]), -1)
-        has, kind = [], []
+        owner, things = np.full((len(images), grid[0] * grid[1]), -1), []
         for tokens, reading in zip(owner, reader.read(images)):
             shares = [token_shares(o.mask, grid).ravel() for o in reading.objects]
             if reading.background is not None:
-                tokens[sum(shares, np.zeros(len(tokens))) < 0.1] = len(has)
-                has.append([name == f"background={reading.background}" for name in NAMES])
-                kind.append(BACKGROUND)
+                tokens[sum(shares, np.zeros(len(tokens))) < 0.1] = len(things)
+                things.append(reading)
             for o, share in zip(reading.objects, shares):
-                tokens[share >= 0.5] = len(has)
-                values = {f"{a}={getattr(o, a)}" for a in world.OBJECT_ATTRIBUTES}
-                has.append([name in values for name in NAMES])
-                kind.append(OBJECT)
-        has = np.array(has, bool).reshape(-1, len(NAMES))
-        return Labels(NAMES, owner, has, np.array(kind, int))
+                tokens[share >= min(0.5, 0.9 * share.max())] = len(things)
+                things.append(o)
+        read = np.array([[getattr(t, a, None) for a, _ in LABELS] for t in things], object)
+        read = read.reshape(-1, len(LABELS))
+        kind = [BACKGROUND if isinstance(t, reader.Reading) else OBJECT for t in things]
+        return Labels(
+            names=["=".join(label) for label in LABELS],
+            owner=owner,
+            has=read == np.array([value for _, value in LABELS], object),
+            kind=np.array(kind, int),
+            applies=read != np.array(None),
+        )
+
+    def decided(
+        self, pipe, prompts: list[str], seeds, images: np.ndarray, sampling: dict, level=0.8
+    ) -> dict[str, np.ndarray]:
+        """From which denoising step on each thing's values are foreseen: attribute -> (thing,).
+
+        Float, counted over all the sampler's steps; NaN where that is never so, or a thing has no
+        such attribute. Things are those of `labels` of the same images, which must be the ones that
+        `pipe` makes of these prompts and seeds. See `timing.foreseen`.
+        """
+        from helpers.demo import timing  # scikit-learn takes a second to import
+
+        found = timing.foreseen(pipe, prompts, seeds, images, sampling)
+        return {a: timing.first_step(probability, level) for a, probability in found.items()}
 
     def judged(self, prompts: list[str], images: np.ndarray) -> dict[str, np.ndarray]:
         """Share of each image's objects, (image,), that are as its caption says, by attribute."""
@@ -96,12 +114,14 @@ class Scenes:
     def outcome(self, target: str, before: np.ndarray, after: np.ndarray) -> dict[str, np.ndarray]:
         """What steering towards a target did to images, each (image,).
 
-        'success', bool: the target is read; 'kept', float: share of the other attributes read as
-        before; 'kept shape' and so on, bool: each of them. What cannot be read is not kept.
+        'success', bool: the target is read; 'kept', float: share of the other attributes that
+        captions name read as before; 'kept shape' and so on, bool: each of them. What cannot be
+        read is not kept.
         """
         attribute, value = _parts(target)
         readings = [reader.read(before), reader.read(after)]
-        values = {a: [[_value(r, a) for r in some] for some in readings] for a in world.ATTRIBUTES}
+        of = (*world.NAMED, attribute)
+        values = {a: [[_value(r, a) for r in some] for some in readings] for a in of}
         success = np.array([v == value for v in values.pop(attribute)[1]], bool)
         kept = {
             f"kept {a}": np.array([w is not None and w == v for w, v in zip(*were_and_are)], bool)

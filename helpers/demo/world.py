@@ -1,16 +1,17 @@
 """A world with known truth: scenes, their captions, and images of them with every object's mask.
 
 A scene holds one or two objects, each with a shape, colour, size, texture and position, on a plain
-background. `caption` and `parse` translate between a scene and one English sentence without loss,
-`render` draws it, and `helpers.demo.reader` reads it back from pixels.
+background. A caption names any of this, or nothing at all; what it leaves open is decided by the
+noise. `caption` and `parse` translate between what is named and one English sentence without loss,
+`render` draws a scene, and `helpers.demo.reader` reads it back from pixels.
 
-Textures have a period of six pixels, one and a half VAE latents: fine detail that only the late
-denoising steps can decide. Shape, colour and position are coarse and decided early.
+Fine attributes are never named: the shade of the colour, the turn of the shape, the phase of the
+texture, a white mark in the middle. Textures have a period of six pixels, one and a half VAE
+latents: detail that only late denoising steps can decide. Shape, colour and position are coarse.
 """
 
-from __future__ import annotations
-
 import hashlib
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,7 +29,7 @@ COLOURS = {
     "purple": (0.60, 0.15, 0.75),
 }
 SIZES = {"small": 8.0, "large": 12.0}  # radius of the circumscribed circle, pixels
-TEXTURES = ("solid", "striped", "dotted")
+TEXTURES = ("solid", "striped", "barred")  # plain, dark rows, dark columns
 BACKGROUNDS = {"white": (0.97, 0.97, 0.97), "gray": (0.60, 0.60, 0.60), "sky": (0.62, 0.82, 0.96)}
 _GRID = (15.0, 32.0, 49.0)  # object centres along one axis, pixels
 POSITIONS = {
@@ -36,7 +37,13 @@ POSITIONS = {
     for row, y in zip(("top", "", "bottom"), _GRID)
     for column, x in zip(("left", "", "right"), _GRID)
 }  # name -> (row, column) of the centre, pixels
-ATTRIBUTES = {
+FINE = {
+    "shade": {"light": 1.0, "dark": 0.68},  # factor of the colour
+    "turn": {"upright": 0.0, "tilted": 22.5},  # degrees; a circle has none
+    "phase": {"even": 0.0, "odd": 3.0},  # of the texture, pixels; solid has none
+    "mark": {"plain": 0.0, "marked": 2.1},  # radius of the white mark, pixels
+}
+NAMED = {
     "shape": SHAPES,
     "colour": tuple(COLOURS),
     "size": tuple(SIZES),
@@ -44,70 +51,98 @@ ATTRIBUTES = {
     "position": tuple(POSITIONS),
     "background": tuple(BACKGROUNDS),
 }
-OBJECT_ATTRIBUTES = tuple(ATTRIBUTES)[:5]
+ATTRIBUTES = NAMED | {name: tuple(values) for name, values in FINE.items()}
+OBJECT_ATTRIBUTES = tuple(name for name in ATTRIBUTES if name != "background")
 PAIRS = (("left", "right"), ("top", "bottom"))  # positions of two-object scenes
 HELD_OUT = (("red", "triangle"), ("blue", "circle"), ("yellow", "cross"))  # never trained on
 # area of a shape whose circumscribed circle has radius 1
 UNIT_AREA = dict(zip(SHAPES, (np.pi, 4 * 0.85**2, 3 * 3**0.5 / 4, 4 * (2 * 0.36 - 0.36**2))))
 
-_CENTRES = np.arange(IMAGE_SIZE, dtype=np.float32) + 0.5  # of pixels, along one axis
-_PATTERN_PERIOD = 6.0  # pixels
+PATTERN_PERIOD = 6.0  # pixels
 _PATTERN_DARKEN = 0.35  # the pattern's colour is the object's times this
+_CENTRES = np.arange(IMAGE_SIZE, dtype=np.float32) + 0.5  # of pixels, along one axis
 
 
 @dataclass(frozen=True)
 class Object:
-    """One thing in a scene, by the names in `ATTRIBUTES`."""
+    """One thing in a scene, by the names in `ATTRIBUTES`; None is left open."""
 
-    shape: str
-    colour: str
-    size: str
-    texture: str
-    position: str
+    shape: str | None = None
+    colour: str | None = None
+    size: str | None = None
+    texture: str | None = None
+    position: str | None = None
+    shade: str | None = None
+    turn: str | None = None
+    phase: str | None = None
+    mark: str | None = None
 
 
 @dataclass(frozen=True)
 class Scene:
-    """One object anywhere on the 3×3 grid, or two at left/right or top/bottom, on a background."""
+    """One object anywhere on the 3×3 grid, or two at left/right or top/bottom, on a background.
 
-    objects: tuple[Object, ...]
-    background: str
+    Without objects, what there is to see is left open.
+    """
+
+    objects: tuple[Object, ...] = ()
+    background: str | None = None
 
 
 EXAMPLE = Scene((Object("circle", "red", "large", "striped", "top left"),), "white")
 
 
 def caption(scene: Scene) -> str:
-    """The scene as a sentence; `parse` is its inverse."""
-    each = [
-        f"a {o.size} {o.colour} {o.texture} {o.shape} at the {o.position}" for o in scene.objects
-    ]
-    return " and ".join(each) + f" on a {scene.background} background"
+    """What is named in a scene, as a sentence, '' if nothing is; `parse` is its inverse."""
+    things = " and ".join(_phrase(o) for o in scene.objects)
+    ground = f"a {scene.background} background" if scene.background else ""
+    return " on ".join(part for part in (things, ground) if part)
+
+
+def _phrase(o: Object) -> str:
+    words = [word for word in (o.size, o.colour, o.texture, o.shape or "thing") if word]
+    article = "an" if words[0] == "orange" else "a"
+    return " ".join([article, *words]) + (f" at the {o.position}" if o.position else "")
+
+
+def _one(attribute: str) -> str:
+    return f"(?P<{attribute}>{'|'.join(NAMED[attribute])})"
+
+
+_GROUND = re.compile(f"(?:(.*?)(?: on |^))?a {_one('background')} background")
+_THING = re.compile(
+    f"an? (?:{_one('size')} )?(?:{_one('colour')} )?(?:{_one('texture')} )?"
+    f"(?:thing|{_one('shape')})(?: at the {_one('position')})?"
+)
 
 
 def parse(text: str) -> Scene:
     """The scene a caption describes. Raises ValueError, naming the caption, outside the grammar."""
-    body, _, background = text.removesuffix(" background").rpartition(" on a ")
-    things = [thing.split() for thing in body.split(" and ")]
+    ground = _GROUND.fullmatch(text)
+    body, background = (ground[1], ground["background"]) if ground else (text, None)
+    things = [_THING.fullmatch(thing) for thing in body.split(" and ")] if body else []
     try:
-        objects = (Object(w[4], w[2], w[1], w[3], " ".join(w[7:])) for w in things)
-        scene = Scene(tuple(objects), background)
+        scene = Scene(tuple(Object(**thing.groupdict()) for thing in things), background)
         _check(scene)
-    except (IndexError, ValueError):
+    except (AttributeError, ValueError):
         scene = None
     if scene is None or caption(scene) != text:
         raise ValueError(f"caption {text!r} is not a scene; a valid one is {caption(EXAMPLE)!r}")
     return scene
 
 
-def _check(scene: Scene) -> None:
-    for o in scene.objects:
-        for name in OBJECT_ATTRIBUTES:
-            one_of(name, getattr(o, name), ATTRIBUTES[name])
-    one_of("background", scene.background, BACKGROUNDS)
-    one_of("number of objects", len(scene.objects), (1, 2))
+def _check(scene: Scene, complete: bool = False) -> None:
+    """Refuse names that are not in `ATTRIBUTES`; if `complete`, named attributes left open, too."""
+    left_open = () if complete else (None,)
+    one_of("number of objects", len(scene.objects), (1, 2) if complete else (0, 1, 2))
+    for name in NAMED:
+        holders = [scene] if name == "background" else scene.objects
+        for holder in holders:
+            one_of(name, getattr(holder, name), (*NAMED[name], *left_open))
     if len(scene.objects) == 2:
-        one_of("positions", tuple(o.position for o in scene.objects), PAIRS)
+        allowed = [p for pair in PAIRS for p in (pair, (pair[0], None), (None, pair[1]))]
+        allowed = PAIRS if complete else [*allowed, (None, None)]
+        one_of("positions", tuple(o.position for o in scene.objects), allowed)
 
 
 def split(scene: Scene) -> str:
@@ -124,19 +159,49 @@ def split(scene: Scene) -> str:
 def sample(
     n: int, rng: np.random.Generator, splits=("train", "unseen", "held_out"), two: float = 0.5
 ) -> list[Scene]:
-    """Draw n scenes uniformly over attributes; a share `two` of them with two objects."""
+    """Draw n complete scenes uniformly over attributes; a share `two` of them with two objects."""
 
     def pick(attribute):
         return ATTRIBUTES[attribute][rng.integers(len(ATTRIBUTES[attribute]))]
 
+    def thing(position):
+        drawn = {name: pick(name) for name in OBJECT_ATTRIBUTES} | {"position": position}
+        if drawn["shape"] == "circle":
+            drawn["turn"] = None
+        if drawn["texture"] == "solid":
+            drawn["phase"] = None
+        return Object(**drawn)
+
     scenes = []
     while len(scenes) < n:
         positions = PAIRS[rng.integers(2)] if rng.random() < two else (pick("position"),)
-        objects = tuple(Object(*map(pick, OBJECT_ATTRIBUTES[:-1]), p) for p in positions)
-        scene = Scene(objects, pick("background"))
+        scene = Scene(tuple(map(thing, positions)), pick("background"))
         if split(scene) in splits:
             scenes.append(scene)
     return scenes
+
+
+def leave_open(scene: Scene, rng: np.random.Generator, full: float = 0.25) -> Scene:
+    """What a caption might name of a scene: all of it in a share `full`, else any subset.
+
+    Each attribute is named with one probability that is itself uniform; objects of which nothing
+    is named are, every second time, not mentioned at all. Two objects without positions come in
+    any order.
+    """
+    if rng.random() < full:
+        return parse(caption(scene))
+    named = rng.random()
+
+    def keep(holder, names):
+        return {a: getattr(holder, a) if rng.random() < named else None for a in names}
+
+    names = [a for a in NAMED if a != "background"]
+    objects = tuple(Object(**keep(o, names)) for o in scene.objects)
+    if rng.random() < 0.5 and all(o == Object() for o in objects):
+        objects = ()
+    if rng.random() < 0.5 and all(o.position is None for o in objects):
+        objects = objects[::-1]
+    return Scene(objects, **keep(scene, ["background"]))
 
 
 def _distance(shape: str, x, y):
@@ -159,44 +224,52 @@ def silhouette(shape: str, row, column, radius, angle) -> np.ndarray:
 
 
 def _pattern(texture: str, phase) -> np.ndarray:
-    """Where a texture is dark, 0 to 1, (n, 64, 1 or 64); phases, (n, 2): row, column, pixels."""
-    y = (_CENTRES[:, None] + phase[:, 0, None, None]) / _PATTERN_PERIOD
-    x = (_CENTRES[None, :] + phase[:, 1, None, None]) / _PATTERN_PERIOD
-    if texture == "solid":
-        return np.zeros_like(y)
-    if texture == "striped":
-        return np.clip(0.5 + 3 * (np.cos(2 * np.pi * y) - 0.3), 0, 1)
-    # dotted: two interleaved grids, so that no row is much darker than another
-    return np.clip(0.5 + 3 * (np.cos(np.pi * (x + y)) * np.cos(np.pi * (x - y)) - 0.42), 0, 1)
+    """Where a texture is dark, 0 to 1, (n, 64 or 1, 64 or 1); phases, (n,), in pixels."""
+    wave = np.cos(2 * np.pi * (_CENTRES + phase[:, None]) / PATTERN_PERIOD)
+    dark = np.clip(0.5 + 3 * (wave - 0.3), 0, 1)
+    return {"solid": 0 * dark[:, :1, None], "striped": dark[:, :, None], "barred": dark[:, None]}[
+        texture
+    ]
+
+
+def _amount(o: Object, attribute: str) -> float:
+    """Of a fine attribute, in its unit; the first value if it is left open."""
+    values = FINE[attribute]
+    return values[getattr(o, attribute) or next(iter(values))]
 
 
 def render(scenes: list[Scene], rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Draw scenes: images (n, 64, 64, 3) and antialiased masks (n, 2, 64, 64), float32 in [0, 1].
 
-    Centres move by up to 1.5 pixels, radii by 6 %, angles by 8°, colours by 0.03; textures have any
-    phase. Masks are in caption order, and zero where there is no second object.
+    Centres move by up to 1.5 pixels, radii by 6 %, angles by 4°, colours by 0.03, textures by 0.5
+    pixels. Masks are in caption order, and zero where there is no second object.
     """
     n = len(scenes)
     tint = rng.uniform(-0.03, 0.03, (n, 3, 3)).astype(np.float32)  # of two objects and background
-    jitter = rng.uniform(-1, 1, (n, 2, 4)).astype(np.float32)  # of row, column, radius, angle
-    phase = rng.uniform(0, _PATTERN_PERIOD, (n, 2, 2)).astype(np.float32)
+    jitter = rng.uniform(-1, 1, (n, 2, 5)).astype(np.float32)  # row, column, radius, angle, phase
     masks = np.zeros((n, 2, IMAGE_SIZE, IMAGE_SIZE), np.float32)
     images = np.empty((n, IMAGE_SIZE, IMAGE_SIZE, 3), np.float32)
+    for scene in scenes:
+        _check(scene, complete=True)
     background = np.float32([BACKGROUNDS[s.background] for s in scenes]).reshape(n, 3)
     images[:] = (background + tint[:, 2])[:, None, None]
     alike: dict[tuple[int, str, str], list[int]] = {}  # drawn together, which is fast
     for i, scene in enumerate(scenes):
-        _check(scene)
         for j, o in enumerate(scene.objects):
             alike.setdefault((j, o.shape, o.texture), []).append(i)
     for (j, shape, texture), i in alike.items():
-        objects = [scenes[k].objects[j] for k in i]
-        places = np.float32([POSITIONS[o.position] for o in objects])
-        row, column = (places + 1.5 * jitter[i, j, :2]).T
-        radius = np.float32([SIZES[o.size] for o in objects]) * (1 + 0.06 * jitter[i, j, 2])
-        mask = silhouette(shape, row, column, radius, np.deg2rad(8) * jitter[i, j, 3])
-        colour = (np.float32([COLOURS[o.colour] for o in objects]) + tint[i, j])[:, None, None]
-        paint = colour * (1 - (1 - _PATTERN_DARKEN) * _pattern(texture, phase[i, j])[..., None])
+        objects, moved = [scenes[k].objects[j] for k in i], jitter[i, j]
+        fine = {a: np.float32([_amount(o, a) for o in objects]) for a in FINE}
+        row, column = (np.float32([POSITIONS[o.position] for o in objects]) + 1.5 * moved[:, :2]).T
+        radius = np.float32([SIZES[o.size] for o in objects]) * (1 + 0.06 * moved[:, 2])
+        mask = silhouette(shape, row, column, radius, np.deg2rad(fine["turn"] + 4 * moved[:, 3]))
+        colour = np.float32([COLOURS[o.colour] for o in objects]) + tint[i, j]
+        colour = (colour * fine["shade"][:, None])[:, None, None]
+        phase = fine["phase"] + 0.5 * moved[:, 4]
+        paint = colour * (1 - (1 - _PATTERN_DARKEN) * _pattern(texture, phase)[..., None])
+        dot = silhouette("circle", row, column, np.maximum(fine["mark"], 1e-3), 0 * row)
+        dot = (dot * (fine["mark"] > 0)[:, None, None])[..., None]
+        paint = paint * (1 - dot) + 0.97 * dot
         images[i] = images[i] * (1 - mask[..., None]) + paint * mask[..., None]
         masks[i, j] = mask
     return np.clip(images, 0, 1), masks

@@ -1,10 +1,11 @@
 """What each latent detects: how well its codes tell the tokens of a label from others.
 
 AUROC is the chance that a token with the label has a larger code than one without it: 0.5 is
-guessing, 1 is never wrong. Tokens are compared with tokens of things of the label's kind only. The
-latent of a label is the best one on validation images; its figure is that on test images, since the
-best of many is always partly luck. Zeros of a thresholded code all tie, so that a latent which is
-active too rarely scores low; dense two-sided codes, such as those of neurons, have no threshold.
+guessing, 1 is never wrong. Tokens are compared with tokens of things that could carry the label,
+only. The latent of a label is the best one on validation images; its figure is that on test images,
+since the best of many is always partly luck. Zeros of a thresholded code all tie, so that a latent
+which is active too rarely scores low; dense two-sided codes, such as those of neurons, have no
+threshold.
 """
 
 import copy
@@ -67,12 +68,13 @@ def aurocs(codes: Codes, labellings: list[Labels], names: list[str]) -> np.ndarr
     `labellings` differ only in which thing carries what, as `Labels.shuffled` makes them.
     """
     first = labellings[0]
-    kinds = np.array([first.kind_of(name) for name in names])
+    compared = np.array([first.among(name).ravel() for name in names])  # (label, token)
     out = np.empty((len(labellings), codes.values.shape[1], len(names)))
-    for kind in np.unique(kinds):
-        own = np.nonzero(kinds == kind)[0]
+    alike, of_label = np.unique(compared, axis=0, return_inverse=True)
+    for group, tokens in enumerate(alike):
+        own = np.nonzero(of_label.ravel() == group)[0]
         columns = [first.names.index(names[i]) for i in own]
-        among = np.nonzero(first.of_kind(kind).ravel())[0]
+        among = np.nonzero(tokens)[0]
         owner = first.owner.ravel()[among]
         labelled = np.concatenate([v.has[owner][:, columns] for v in labellings], axis=1)
         found = metrics.auroc(codes.values[among], labelled)

@@ -17,23 +17,27 @@ class Labels:
     owner: np.ndarray  # thing that each token belongs to, (image, token), a row of `has`; -1: none
     has: np.ndarray  # which labels each thing carries, bool, (thing, label)
     kind: np.ndarray  # of each thing: those of one kind, such as objects, a control may exchange
+    applies: np.ndarray | None = None  # which labels a thing could carry, like `has`; None: all
 
     def at_tokens(self) -> np.ndarray:
         """Labels of every token, bool, (image, token, label); False where a token has no owner."""
         return np.vstack([self.has, np.zeros(len(self.names), bool)])[self.owner]  # -1: the last
-
-    def of_kind(self, kind: int) -> np.ndarray:
-        """Which tokens belong to a thing of this kind, bool, (image, token)."""
-        return np.isin(self.owner, np.nonzero(self.kind == kind)[0])
 
     def kind_of(self, name: str) -> int:
         """The kind of thing that a label describes; 0 for a label that nothing carries."""
         carriers = self.kind[self.has[:, self.names.index(name)]]
         return int(carriers[0]) if len(carriers) else 0
 
+    def among(self, name: str) -> np.ndarray:
+        """Tokens of things of a label's kind that could carry it, bool, (image, token)."""
+        could = self.kind == self.kind_of(name)
+        if self.applies is not None:
+            could &= self.applies[:, self.names.index(name)]
+        return np.isin(self.owner, np.nonzero(could)[0])
+
     def contrast(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens with a label, and others of things of its kind: two bool (image, token)."""
-        among = self.of_kind(self.kind_of(name))
+        """Tokens with a label, and those `among` which it is missing: two bool (image, token)."""
+        among = self.among(name)
         labelled = self.at_tokens()[..., self.names.index(name)]
         return among & labelled, among & ~labelled
 

@@ -101,9 +101,13 @@ class Run:
 
     @cached_property
     def truth(self) -> Scenes | Words:
-        """Who says what is in an image: the demo world about its own, else the prompts' words."""
+        """Who says what is in an image: the demo world about its own, else the prompts' words.
+
+        Prompts without a word are the world's only if the images are the shipped model's.
+        """
         prompts, shape = self.store.prompts, self.store.images("test", [0]).shape[1:]
-        return Scenes() if Scenes.describes(prompts, shape) else Words(prompts)
+        own = any(prompts) or self.store.manifest["model"] == "demo"
+        return Scenes() if own and Scenes.describes(prompts, shape) else Words(prompts)
 
     def pipeline(self):
         """The diffusion model: `model` in notebook 01, afterwards the one that was recorded."""
@@ -139,7 +143,11 @@ class Run:
 
     def save(self, fig, name: str, **about) -> None:
         """Save a figure as PDF and PNG in figures/<run>/; its metadata name notebook and commit."""
-        about |= {"notebook": self.notebook, "run": self.name, "seed": self.parameters["seed"]}
+        about |= {
+            "notebook": self.notebook,
+            "run": self.name,
+            "seed": self.parameters.get("seed", ""),
+        }
         save_figure(fig, self.figures, name, commit=commit(), **about)
 
     def write(self, metrics: dict) -> None:

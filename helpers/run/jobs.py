@@ -66,8 +66,11 @@ def prompts_of(parameters: dict) -> tuple[list[str], list[int], list[str]]:
     p = parameters
     splits = [split for split in SPLITS for _ in range(p[f"n_{split}"])]
     n = len(splits)
-    if p["prompts"] == "scenes":
+    if p["prompts"] in ("scenes", "full"):
         scenes = world.sample(n, np.random.default_rng([p["seed"], 10]))
+        if p["prompts"] == "scenes":
+            rng = np.random.default_rng([p["seed"], 11])
+            scenes = [world.leave_open(scene, rng) for scene in scenes]
         prompts = [world.caption(scene) for scene in scenes]
     elif p["prompts"] == "none":
         prompts = [""] * n

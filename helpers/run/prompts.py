@@ -26,7 +26,7 @@ def read_prompts(source: str | Path, n: int | None = None, column: str = "prompt
         rows = _column(source, path, column)
     else:
         raise FileNotFoundError(
-            f"prompts {str(source)!r} is not a file; valid are 'scenes', 'none', a text file,"
+            f"prompts {str(source)!r} is not a file; valid are 'scenes', 'full', 'none', a text,"
             f" a {', '.join(TABLES)} file, or a dataset's name on the hub, owner/name"
         )
     prompts = list(itertools.islice((row.strip() for row in rows if row and row.strip()), n))
