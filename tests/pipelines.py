@@ -280,11 +280,13 @@ def dit():
     )
 
 
-def ddpm():
+def ddpm(channels=3):
     """An unconditional model of 8×8 pixels, square only, with attention in its second level."""
     torch.manual_seed(0)
     unet = UNet2DModel(
         sample_size=8,
+        in_channels=channels,
+        out_channels=channels,
         down_block_types=("DownBlock2D", "AttnDownBlock2D"),
         up_block_types=("AttnUpBlock2D", "UpBlock2D"),
         block_out_channels=(16, 32),

@@ -9,17 +9,20 @@ import sys
 import matplotlib
 import matplotlib.pyplot as plt
 import nbformat
+import numpy as np
 import pytest
 import torch
 import yaml
 
 from helpers import files
 from helpers.run import report
+from helpers.run.folder import Run
 from helpers.run.parameters import (
     NOTEBOOKS,
     ROOT,
     analysis_notebooks,
     load_parameters,
+    parameters_for,
     parameters_of,
 )
 
@@ -196,6 +199,50 @@ def test_a_bad_size_or_a_damaged_file_is_refused(
         (run / damaged).write_bytes(whole[:-100] + bytes([whole[-100] ^ 1]) + whole[-99:])
     with pytest.raises((ValueError, FileNotFoundError), match=sentence):
         run_here(notebook, **TINY.get(notebook, {}) | parameters | {"run": str(run)})
+
+
+@pytest.mark.parametrize("path", PATHS, ids=NAMES)
+def test_a_misspelt_parameter_is_refused_before_anything_is_written(tmp_path, path):
+    with pytest.raises(ValueError, match="a parameter is 'devise'; .* such as device"):
+        run_here(path.stem[:2], run=str(tmp_path / "run"), devise=1)
+    assert not (tmp_path / "run").exists()
+
+
+# --- a model of one's own: grey images, no prompts, nothing that can be labelled ---
+
+
+@pytest.fixture(scope="module")
+def grey_run(tmp_path_factory):
+    """Notebooks 01 to 04 on an unconditional model of one channel, and what 05 would find."""
+    import pipelines
+
+    folder = tmp_path_factory.mktemp("grey")
+    pipelines.ddpm(channels=1).save_pretrained(folder / "model")
+    own = {"model": str(folder / "model"), "prompts": "none", "num_inference_steps": 4}
+    for notebook, parameters in TINY.items():
+        own_here = own if notebook == "01" else {}
+        run_here(notebook, run=str(folder / "run"), **parameters | own_here)
+    run = Run("06_steering", parameters_for("06", "demo") | {"run": str(folder / "run")})
+    strongest = [{"name": f"cluster {i}", "residual": i, "raw": i, "effect": 1.0} for i in (1, 2)]
+    record = run.made_from("dictionary") | run.made_from("raw concat")
+    found = {"best": {}, "labels": {}, "strongest": strongest}
+    files.save_json(run.path("latents"), record | found)
+    return folder / "run"
+
+
+@pytest.mark.process
+def test_without_labels_steering_tells_what_it_changed_and_calls_nothing_a_success(grey_run):
+    small = {"n_steered": 3, "n_targets": 2, "strengths": [2.0, 4.0], "batch_size": 4}
+    names = run_here("06", run=str(grey_run), **small)
+    assert names["truth"].labels([""], np.zeros((1, 8, 8, 1)), (4, 4)).names == []
+    assert names["pool"].images.shape[-1] == 1
+    found = metrics_of(grey_run, "06")["metrics"]
+    assert set(found["by_region"]["region"]) == {"inside", "outside"}
+    assert found["paired"] == found["verdicts"] == {}
+    assert {key.split(" | ")[0] for key in found["chosen"]} <= {"cluster 1", "cluster 2"}
+    assert all(of["inside"][0] > 0 for of in found["chosen"].values())
+    for path in grey_run.rglob("*.json"):
+        assert "NaN" not in path.read_text(), path
 
 
 # --- the notebooks as they stand ---

@@ -489,6 +489,16 @@ def test_a_one_step_sae_has_equal_parameters_and_cost_and_sees_as_many_trajector
     assert short.step[-1] == 3
 
 
+@pytest.mark.parametrize("one_step", [False, True])
+def test_dictionaries_cost_the_same_where_the_steps_do_not_divide_k(store, predictors, one_step):
+    c = coordinates.raw(predictors)  # 3 steps
+    x = held_out(store, c)
+    config = replace(TINY, n_updates=4, k=4)
+    found, history = train_dictionary(store, c, config, name="x", one_step=one_step)
+    cost = found.calibrate(x).cost(found.codes(x)).double().mean()
+    assert cost == pytest.approx(4, abs=0.01) and history.step[-1] == (11 if one_step else 3)
+
+
 def test_dictionaries_of_other_coordinates_or_origin_do_not_share_a_checkpoint(
     tmp_path, store, predictors
 ):
