@@ -81,8 +81,8 @@ class Coordinates(torch.nn.Module):
         """
         return self._recur(directions, torch.zeros_like(self.b))
 
-    def _recur(self, y: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        """x[s] = x[s−1] A[s] + x[s−2] B[s] + b[s] + y[s] D[s]⁻¹, step by step."""
+    def _recur(self, y: torch.Tensor, b: torch.Tensor, beyond=None) -> torch.Tensor:
+        """x[s] = x[s−1] A[s] + x[s−2] B[s] + b[s] + beyond(x[s−1], s) + y[s] D[s]⁻¹, in turns."""
         y = y.unflatten(-1, (self.n_steps, self.channels))
         if self.D_inverse.ndim == 1:
             r = y * self.D_inverse.to(y)[:, None]
@@ -94,6 +94,8 @@ class Coordinates(torch.nn.Module):
             for lag, M in self.lags():
                 if lag <= s:
                     predicted = x[s - lag] @ M[s].to(y) + predicted
+            if beyond and s:
+                predicted = predicted + beyond(x[s - 1], s)
             x.append(predicted + r[..., s, :])
         return torch.stack(x, dim=-2)
 

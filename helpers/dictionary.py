@@ -14,10 +14,16 @@ from pathlib import Path
 import torch
 
 from helpers import coordinates as _coordinates
+from helpers.coders.conditioned import Conditioned
+from helpers.coders.itda import Pursuit
+from helpers.coders.per_step import PerStep
 from helpers.coordinates import Coordinates
 from helpers.files import load_tensors, save_tensors
+from helpers.nonlinear import Nonlinear
 from helpers.predictors import Predictors
 from helpers.sae import SAE
+
+KINDS = {kind.__name__: kind for kind in (PerStep, Conditioned, Pursuit)}  # as files name them
 
 
 class Projection(torch.nn.Module):
@@ -117,7 +123,8 @@ class Dictionary(torch.nn.Module):
 
     def save(self, path: str | Path, record: dict | None = None) -> None:
         """Write all that the dictionary is into one safetensors file, with a JSON-able record."""
-        own = {"name": self.name, "k": getattr(self.coder, "k", None)}
+        kind = type(self.coder).__name__
+        own = {"name": self.name, "k": getattr(self.coder, "k", None), "kind": kind}
         save_tensors(path, self.state_dict(), (record or {}) | {"dictionary": own})
 
     @staticmethod
@@ -130,15 +137,23 @@ class Dictionary(torch.nn.Module):
             for name, value in tensors.items():
                 part, _, of_part = name.partition(".")
                 parts[part][of_part] = value
-            W, k = parts["coder"]["W_dec"], own["k"]
-            coder = Projection(W) if k is None else SAE(W.shape[1], W.shape[0], k)
+            coder = _empty(own.get("kind"), parts["coder"], own["k"])
             coder.load_state_dict(parts["coder"])
-            found = Dictionary(own["name"], Coordinates(**parts["coordinates"]), coder)
+            kind = Nonlinear if "V" in parts["coordinates"] else Coordinates
+            found = Dictionary(own["name"], kind(**parts["coordinates"]), coder)
         except (KeyError, TypeError, ValueError, RuntimeError):
             raise ValueError(
                 f"{path} does not hold a dictionary; run the notebook that writes it again"
             ) from None
         return found.eval(), record
+
+
+def _empty(kind: str | None, tensors: dict[str, torch.Tensor], k: float | None):
+    """A coder of some kind, in which tensors of these names and shapes have their places."""
+    if kind in KINDS:
+        return KINDS[kind].like(tensors, k)
+    W = tensors["W_dec"]
+    return Projection(W) if k is None else SAE(W.shape[1], W.shape[0], k)
 
 
 def untrained(coordinates, n_latents: int, k: float, seed=0, name="untrained") -> Dictionary:

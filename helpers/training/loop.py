@@ -72,18 +72,21 @@ def train(
     accelerator=None,
     save_every: int = 500,
     label: str = "SAE",
-) -> tuple[SAE, History]:
+    training=None,
+) -> tuple[torch.nn.Module, History]:
     """Train an SAE with Adam on `batches` (batch, d_in), or on `batches(n)`, which leaves out n.
 
     In the folder `checkpoints`, the whole state is saved every `save_every` updates, in a file
     named by the settings and by `record`, such as the data's fingerprint. From that file training
     goes on, to the weights that it would have had without stopping, bit for bit on a CPU. With an
     `accelerate.Accelerator`, each process gives its part of every batch, and the largest codes are
-    chosen among all. FloatingPointError names an update whose batch or loss is not finite.
+    chosen among all. `training` (d_in, config, device, accelerator) -> `Training` is for another
+    coder or loss. FloatingPointError names an update whose batch or loss is not finite.
     """
     # MPS has no sparse products
     device = "cpu" if str(device).startswith("mps") else device
-    training = _Training(d_in, config, accelerator.device if accelerator else device, accelerator)
+    device = accelerator.device if accelerator else device
+    training = (training or Training)(d_in, config, device, accelerator)
     settings = (record or {}) | {"d_in": d_in} | asdict(config)
     path = checkpoints and _checkpoint(Path(checkpoints), label, settings)
     if path and path.exists():
@@ -104,8 +107,8 @@ def train(
         if path and main and (training.done % save_every == 0 or training.done == n_updates):
             training.save(path, settings)
         bar.set_postfix_str(f"fvu {history.fvu[-1]:.3f}, alive {history.alive[-1]:.0%}", False)
-    training.sae.zero_grad()  # frees the gradients
-    return training.sae.cpu().eval(), history
+    training.coder.zero_grad()  # frees the gradients
+    return training.coder.cpu().eval(), history
 
 
 def _checkpoint(folder: Path, label: str, settings: dict) -> Path:
@@ -121,13 +124,20 @@ def _from(batches, start: int, n_updates: int):
     refuse("n_updates", n_updates, valid)
 
 
-class _Training:
-    """An SAE, and everything else that changes from update to update."""
+class Training:
+    """A coder, and everything else that changes from update to update.
 
-    def __init__(self, d_in: int, config: TrainConfig, device, accelerator):
+    The coder is an SAE, or has one as `sae`, which then reads rows narrower than the batch's.
+    """
+
+    def __init__(
+        self, d_in: int, config: TrainConfig, device, accelerator=None, coder=None, step=SparseStep
+    ):
         self.config = config
-        self.sae = SAE(d_in, config.n_latents, config.k, config.seed).to(device)
-        self.step = SparseStep(self.sae, config, accelerator)
+        self.coder = coder or SAE(d_in, config.n_latents, config.k, config.seed)
+        self.coder.to(device)
+        self.sae = getattr(self.coder, "sae", self.coder)
+        self.step = step(self.coder, config, accelerator)
         self.since_fired = torch.zeros(config.n_latents, device=device)  # inputs
         self.done, self.history = 0, History()
 
@@ -135,9 +145,10 @@ class _Training:
         """One optimiser step on a batch (n, d_in)."""
         c, sae, step, first = self.config, self.sae, self.step, self.done == 0
         y = y.to(sae.W_dec.device)
-        n = step.sum(torch.tensor(float(len(y)), device=y.device))
+        rows = y.reshape(-1, sae.d_in)
+        n = step.sum(torch.tensor(float(len(rows)), device=y.device))
         if first:
-            sae.b_dec.data = step.sum(y.sum(0)) / n
+            sae.b_dec.data = step.sum(rows.sum(0)) / n
         if len(y) < 2 * c.accumulate:
             refuse("sae_batch_size", len(y), f"at least {2 * c.accumulate}, two inputs a part")
         dead = (self.since_fired >= c.dead_after).nonzero().flatten()
@@ -158,13 +169,13 @@ class _Training:
         if log:
             self.history.step.append(self.done)
             self.history.fvu.append(fvu.item())
-            self.history.l0.append(sum(p.active for p in parts).item() / len(y))
+            self.history.l0.append(sum(p.active for p in parts).item() / len(rows))
             self.history.alive.append(1 - len(dead) / sae.n_latents)
         self.done += 1
 
     def save(self, path: Path, settings: dict) -> None:
         """Write the whole state, or the weights alone once training is finished."""
-        tensors = dict(self.sae.state_dict())
+        tensors = dict(self.coder.state_dict())
         if self.done < self.config.n_updates:
             tensors["since_fired"] = self.since_fired
             for i, p in enumerate(self.step.parameters):
@@ -177,7 +188,7 @@ class _Training:
         """Put a saved state back; ValueError if the file holds something else."""
         tensors, record = load_tensors(path)
         try:
-            self.sae.load_state_dict({name: tensors[name] for name in self.sae.state_dict()})
+            self.coder.load_state_dict({name: tensors[name] for name in self.coder.state_dict()})
             self.done, self.history = record["done"], History(**record["history"])
         except (KeyError, RuntimeError, TypeError):
             raise ValueError(

@@ -61,7 +61,7 @@ class SparseStep:
             pre = (centred.to(self.dtype) @ sae.W_enc.to(self.dtype)).float() + sae.b_enc
         n_all = int(self.sum(torch.tensor(n, device=y.device)))
         n_kept = max(1, round(sae.k * n_all))
-        places, codes, cut = _largest(pre.flatten(), n_kept, self.accelerator)
+        places, codes, cut = largest(pre.flatten(), n_kept, self.accelerator)
         row = places // m
         latent = places - row * m
         Z = _csr(torch.searchsorted(row, torch.arange(n + 1, device=y.device)), latent, codes, n, m)
@@ -128,7 +128,7 @@ def _csr(starts, columns, values, n: int, m: int) -> torch.Tensor:
         return torch.sparse_csr_tensor(starts, columns, values, (n, m))
 
 
-def _largest(flat: torch.Tensor, n: int, accelerator) -> tuple[torch.Tensor, ...]:
+def largest(flat: torch.Tensor, n: int, accelerator=None) -> tuple[torch.Tensor, ...]:
     """Of the n largest entries over all processes, the places, ascending, and values of those that
     are here and positive; and the n-th largest."""
     among = flat[:0].long()
