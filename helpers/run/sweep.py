@@ -1,0 +1,287 @@
+"""Notebook 07's study: many dictionaries, each trained and measured as one cell of a table.
+
+    python -m helpers.run.sweep comparison --processes 2 --budget 2400
+
+A file of notebooks/parameters/sweeps says what is collected, and which cells to train, the most
+important first. Each cell leaves a small JSON in runs/<run>/cells and is skipped afterwards. What
+there is goes into figures/<run>/comparison.csv, a row a cell and read-out: its value with a 95 %
+interval over test images, and by how much it exceeds the same cell in raw coordinates.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import hashlib
+import io
+import itertools
+import json
+import multiprocessing
+import os
+import sys
+import time
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+
+from helpers.checks import nearest, refuse
+from helpers.files import load_json, load_tensors, save_json, save_tensors, save_text
+from helpers.measure.readouts import Readout, stability
+from helpers.run import jobs, methods, parameters
+from helpers.run.folder import figures_folder, fingerprint, run_folder
+
+ROW = ("readout", "value", "low", "high", "less_raw", "less_low", "less_high")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One dictionary, by all that makes it: a row's first columns."""
+
+    captions: str  # collection, as named in the file
+    hookpoint: str
+    n_train: int  # images
+    steps: tuple[int, ...]  # kept denoising steps
+    n_latents: int
+    k: int
+    n_updates: int
+    learning_rate: float
+    coordinates: str  # such as "raw", "a=0.5", "a=1 lags=2": see helpers.run.methods
+    coder: str
+    seed: int  # of the training
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What a file of notebooks/parameters/sweeps asks for."""
+
+    run: str
+    collections: dict[str, dict]  # captions -> parameters of notebook 01
+    default: Cell  # what studies leave unsaid
+    studies: dict[str, list[Cell]]  # name -> its cells; the same cell may be in several
+
+    @property
+    def cells(self) -> list[Cell]:
+        """All cells, each once, in the order of the studies."""
+        return list(dict.fromkeys(itertools.chain.from_iterable(self.studies.values())))
+
+    def run_of(self, cell: Cell) -> str:
+        """The run whose trajectories a cell is trained on."""
+        p = self.collections[cell.captions]
+        runs = {p["hookpoint"]: p["run"]} | {hookpoint: run for run, hookpoint in p["also"].items()}
+        return runs[cell.hookpoint]
+
+    def path(self, cell: Cell) -> Path:
+        """Where a cell's JSON lies, or is to lie: named by what the cell is made of."""
+        manifest = run_folder(self.run_of(cell)) / "trajectories" / "manifest.json"
+        made_of = json.dumps(asdict(cell) | {"trajectories": fingerprint(manifest)})
+        name = hashlib.sha256(made_of.encode()).hexdigest()[:16]
+        return run_folder(self.run) / "cells" / f"{name}.json"
+
+
+def load(name: str) -> Sweep:
+    """Read notebooks/parameters/sweeps/<name>.yaml, or a .yaml file by its path.
+
+    ValueError, before any work, for a parameter that notebook 01 does not have, or a cell that
+    cannot be: an unknown field, coordinates or coder, steps or images that are not collected.
+    """
+    path = Path(name) if name.endswith((".yaml", ".yml")) else _folder() / f"{name}.yaml"
+    if not path.exists():
+        there = ", ".join(p.stem for p in sorted(_folder().glob("*.yaml")))
+        refuse("the file of a sweep", name, f"one of {there}, or a path ending in .yaml")
+    given = yaml.safe_load(path.read_text())
+    (notebook,) = parameters.NOTEBOOKS.glob("01_*.ipynb")
+    known = parameters.parameters_of(notebook)
+    collections = {}
+    for captions, own in given["captions"].items():
+        run = f"{given['run']}-{captions}"
+        values = given["collect"] | own | {"run": run}
+        values["also"] = {f"{run}-{hookpoint}": hookpoint for hookpoint in values.get("also", [])}
+        parameters.refuse_unknown(values, known, f"{path.name}: a parameter")
+        defaults = {k: default for k, (default, _) in known.items()}
+        collections[captions] = parameters.checked(defaults | values, known)
+    sweep = Sweep(given["run"], collections, _crossed(given["cell"])[0], {})
+    for study, products in given["studies"].items():
+        cells = [cell for p in products for cell in _crossed(given["cell"] | p)]
+        sweep.studies[study] = [_checked(sweep, cell) for cell in cells]
+    return sweep
+
+
+def steps_as_text(steps) -> str:
+    """Steps as they stand in the table, such as "0 6 12"."""
+    return " ".join(map(str, steps))
+
+
+def _folder() -> Path:
+    return parameters.NOTEBOOKS / "parameters" / "sweeps"
+
+
+def _crossed(product: dict) -> list[Cell]:
+    """All combinations of a product's values; a list of values counts as several, one as one."""
+    for name in product:
+        if name not in Cell.__annotations__:
+            refuse("a field of a cell", name, f"such as {nearest(name, Cell.__annotations__)}")
+    values = {n: v if isinstance(v, list) else [v] for n, v in product.items()}
+    if not isinstance(values["steps"][0], list):
+        values["steps"] = [values["steps"]]  # steps are a list themselves
+    values["steps"] = list(map(tuple, values["steps"]))
+    return [Cell(**dict(zip(values, v))) for v in itertools.product(*values.values())]
+
+
+def _checked(sweep: Sweep, cell: Cell) -> Cell:
+    """The cell; ValueError if it cannot be trained."""
+    if cell.captions not in sweep.collections:
+        refuse("captions", cell.captions, f"one of {', '.join(sweep.collections)}")
+    collected = sweep.collections[cell.captions]
+    hookpoints = [collected["hookpoint"], *collected["also"].values()]
+    if cell.hookpoint not in hookpoints:
+        refuse("hookpoint", cell.hookpoint, f"one of {', '.join(hookpoints)}")
+    if not set(cell.steps) <= set(collected["steps"]):
+        refuse("steps", list(cell.steps), f"among {collected['steps']}")
+    if cell.n_train > collected["n_train"] or cell.n_train % collected["batch_size"]:
+        most = f"at most {collected['n_train']}, in batches of {collected['batch_size']}"
+        refuse("n_train", cell.n_train, most)
+    methods.check(cell)
+    return cell
+
+
+def collect(sweep: Sweep, share: tuple[int, int] = (0, 1)) -> None:
+    """Collect the trajectories of all captions, or a share (index, n) of their shards."""
+    for collected in sweep.collections.values():
+        jobs.collect(collected, share=share)
+
+
+def do(sweep: Sweep, cell: Cell, deadline: float = float("inf")) -> str:
+    """Train and measure a cell, and leave its files; a line about it, empty past the deadline."""
+    if time.time() > deadline:
+        return ""
+    start, path = time.perf_counter(), sweep.path(cell)
+    what = f"{cell.captions} {cell.hookpoint} {cell.coordinates}, {cell.coder}, seed {cell.seed}"
+    try:
+        readouts, directions = methods.measured(cell, sweep.run_of(cell))
+    except (FloatingPointError, ValueError) as error:
+        return f"{what}: failed, {error}"
+    if directions is not None:
+        save_tensors(path.with_suffix(".safetensors"), {"u": directions.half()})
+    seconds = time.perf_counter() - start
+    rounded = {
+        name: [float(f"{r.value:.7g}"), [float(f"{v:.3g}") for v in r.influence]]
+        for name, r in readouts.items()
+    }
+    save_json(path, {"cell": asdict(cell), "seconds": seconds, "readouts": rounded})
+    shown = [f"{n} {readouts[n].value:.3f}" for n in ("auroc", "ev", "ceiling") if n in readouts]
+    return f"{what}: {', '.join(shown)}, {seconds:.0f} s"
+
+
+def table(sweep: Sweep) -> str:
+    """The CSV of all cells that are done."""
+    found = {cell: load_json(path) for cell, path in _paths(sweep).items()}
+    readouts = {
+        cell: {n: Readout(v, np.array(i)) for n, (v, i) in record["readouts"].items()}
+        for cell, record in found.items()
+    }
+    for cell, value in _stabilities(sweep, found):
+        readouts[cell]["stability"] = Readout(value, np.zeros(0))
+    text = io.StringIO()
+    out = csv.writer(text, lineterminator="\n")
+    out.writerow([*(f.name for f in fields(Cell)), *ROW])
+    for cell, own in readouts.items():
+        columns = asdict(cell) | {"steps": steps_as_text(cell.steps)}
+        reference = readouts.get(replace(cell, coordinates="raw"), {})
+        for name, readout in own.items():
+            row = [*readout.estimate()]
+            if cell.coordinates != "raw" and name in reference and len(readout.influence):
+                row += readout.less(reference[name]).estimate()
+            shown = [f"{v:.5g}" for v in row] + [""] * (6 - len(row))
+            out.writerow([*columns.values(), name, *shown])
+    return text.getvalue()
+
+
+def csv_of(sweep: Sweep) -> Path:
+    """Where the table stands: beside the figures, committed."""
+    return figures_folder(sweep.run) / "comparison.csv"
+
+
+def _paths(sweep: Sweep) -> dict[Cell, Path]:
+    """The cells that are done, and their files."""
+    return {cell: path for cell in sweep.cells if (path := sweep.path(cell)).exists()}
+
+
+def _stabilities(sweep: Sweep, done):
+    """Each cell that has directions, and its stability against the same with the next seed."""
+    groups: dict[Cell, list[Cell]] = {}
+    for cell in done:
+        if sweep.path(cell).with_suffix(".safetensors").exists():
+            groups.setdefault(replace(cell, seed=0), []).append(cell)
+    for cells in groups.values():
+        if len(cells) > 1:
+            paths = (sweep.path(cell).with_suffix(".safetensors") for cell in cells)
+            u = [load_tensors(path)[0]["u"] for path in paths]
+            yield from ((c, stability(a, b)) for c, a, b in zip(cells, u, u[1:] + u[:1]))
+
+
+def run(sweep: Sweep, processes: int = 1, budget: float = float("inf")) -> Path:
+    """Collect, train what is not done, write the CSV; after `budget` seconds no cell is begun."""
+    deadline = time.time() + budget
+    with _Workers(processes) as workers:
+        list(workers(collect, [(sweep, (i, processes)) for i in range(processes)]))
+        done = _paths(sweep)
+        todo = [cell for cell in sweep.cells if cell not in done]
+        print(f"{len(done)} cells are done, {len(todo)} are not", flush=True)
+        start = time.perf_counter()
+        lines = workers(do, [(sweep, cell, deadline) for cell in todo])
+        for n, line in enumerate(filter(None, lines), 1):
+            left = (time.perf_counter() - start) / n * (len(todo) - n) / 60
+            print(f"[{n}/{len(todo)}] {line}; {left:.0f} min left", flush=True)
+    save_text(csv_of(sweep), table(sweep))
+    return csv_of(sweep)
+
+
+class _Workers:
+    """`workers(function, arguments)` yields results as they come, from n processes or from here."""
+
+    def __init__(self, n: int):
+        self.n = n
+
+    def __enter__(self):
+        self.pool = None
+        if self.n > 1:
+            os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+            spawn = multiprocessing.get_context("spawn")
+            self.pool = spawn.Pool(self.n, torch.set_num_threads, (1,))
+        return self
+
+    def __call__(self, function, arguments: list):
+        calls = [(function, *a) for a in arguments]
+        return self.pool.imap_unordered(_call, calls) if self.pool else map(_call, calls)
+
+    def __exit__(self, *error):
+        if self.pool:
+            self.pool.terminate()
+
+
+def _call(call: tuple):
+    function, *arguments = call
+    return function(*arguments)
+
+
+def main() -> None:
+    told = __doc__.splitlines()[0]
+    parser = argparse.ArgumentParser("python -m helpers.run.sweep", description=told)
+    parser.add_argument("sweep", help="a file in notebooks/parameters/sweeps, or a path to one")
+    n = 1 if torch.cuda.is_available() else os.cpu_count()
+    words = f"with a thread each, if several (here {n})"
+    parser.add_argument("--processes", type=int, default=n, help=words)
+    words = "seconds after which no cell is begun"
+    parser.add_argument("--budget", type=float, default=float("inf"), help=words)
+    given = parser.parse_args()
+    try:
+        print(f"wrote {run(load(given.sweep), given.processes, given.budget)}")
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
