@@ -1,7 +1,5 @@
 """Checks of what a person gives: one sentence names the parameter, its value and what is valid."""
 
-from __future__ import annotations
-
 import difflib
 import math
 import re

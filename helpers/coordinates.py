@@ -19,8 +19,6 @@ between raw and residual        shrunk, see `between`         a root, see `betwe
 With `predictors.identity` for predictors, residuals are differences of neighbouring steps.
 """
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 

@@ -1,7 +1,5 @@
 """Files that are whole or absent: tensors as safetensors, records as JSON, renamed into place."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

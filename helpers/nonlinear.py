@@ -7,8 +7,6 @@ the mean trajectory, which is 0 in standardised units: A[s] + U[s] (1 − tanh²
 f_s(0) are kept as A[s] and b[s] of `Coordinates`, so that only the rest of f_s is computed apart.
 """
 
-from __future__ import annotations
-
 from itertools import islice
 
 import torch
@@ -61,17 +59,18 @@ def fit(
     """
     base = residual(predictors, 0.0).to(device)
     S, d, m = base.n_steps, base.channels, width or 2 * base.channels
-    rho = predictors.rho.to(base.mu)[1:, None, None]
+    rho = predictors.rho.to(base.mu)[:, None, None]
     g = torch.Generator().manual_seed(seed)
-    U = (torch.randn(S - 1, d, m, generator=g) / d**0.5).to(base.mu).requires_grad_()
-    c, V = (base.mu.new_zeros(S - 1, *n, requires_grad=True) for n in ((1, m), (m, d)))
+    U = (torch.randn(S, d, m, generator=g) / d**0.5).to(base.mu).requires_grad_()
+    c, V = (base.mu.new_zeros(S, *n, requires_grad=True) for n in ((1, m), (m, d)))
     optimiser = torch.optim.AdamW((U, c, V), lr=learning_rate)
 
     def errors(h):
-        """Squared errors without and with f, relative to rho², (S-1,) each."""
+        """Squared errors without and with f, relative to rho², (S,) each; none precedes step 0."""
         x = base.standardise(h.to(base.mu))
-        r = base.residualize(x).view(x.shape).transpose(0, 1)[1:] / rho
-        f = torch.tanh(x.transpose(0, 1)[:-1] @ U + c) @ V
+        r = base.residualize(x).view(x.shape).transpose(0, 1) / rho
+        before = torch.nn.functional.pad(x.transpose(0, 1)[:-1], (0, 0, 0, 0, 1, 0))
+        f = torch.tanh(before @ U + c) @ V
         return r.pow(2).mean((1, 2)), (r - f).pow(2).mean((1, 2))
 
     for i, h in enumerate(islice(store.batches("train", batch_size, seed), n_updates)):
@@ -82,11 +81,10 @@ def fit(
     with torch.no_grad():
         before, after = errors(next(store.batches("validation", 8 * batch_size, seed)))
         V *= rho * (after < before)[:, None, None]
+        V[0] = 0
         at_zero = torch.tanh(c)
-        A = torch.nn.functional.pad((U * (1 - at_zero**2)) @ V, (0, 0, 0, 0, 1, 0)) + base.A
-        b = torch.nn.functional.pad((at_zero @ V)[:, 0], (0, 0, 1, 0)) + base.b
-        U, V = (torch.nn.functional.pad(v, (0, 0, 0, 0, 1, 0)) for v in (U, V))
-        c = torch.nn.functional.pad(c[:, 0], (0, 0, 1, 0))
+        A, b = base.A + (U * (1 - at_zero**2)) @ V, base.b + (at_zero @ V)[:, 0]
+        U, c, V = U.detach(), c.detach()[:, 0], V.detach()
         found = Nonlinear(base.mu, base.scale, A, b, base.D_inverse, U, c, V, base.B)
         x = base.standardise(next(store.batches("train", 8 * batch_size, seed)).to(base.mu))
         size = found.residualize(x).view(x.shape).pow(2).mean((0, 2)).sqrt()

@@ -10,8 +10,6 @@ kept steps, so that a late feature stays late. Between kept steps directions are
 linearly in the step index; outside them the nearest kept step's serves.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 

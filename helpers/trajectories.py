@@ -4,8 +4,6 @@ A trajectory is one image token's activation over the recorded steps, raw. A `Re
 any sampling loop, `record` under a diffusers pipeline, `helpers.store.collect` for many prompts.
 """
 
-from __future__ import annotations
-
 import functools
 from contextlib import ExitStack, suppress
 

@@ -7,8 +7,6 @@ A *step* is an index, 0 for the noisiest; a *timestep* is the scheduler's value 
 guidance a step has two *branches*: two halves of one call's rows, or two calls with equal latents.
 """
 
-from __future__ import annotations
-
 import inspect
 from typing import NamedTuple
 

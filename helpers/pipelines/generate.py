@@ -1,7 +1,5 @@
 """Generating images, each from its own seed, under any diffusers pipeline of images."""
 
-from __future__ import annotations
-
 import inspect
 import re
 import warnings

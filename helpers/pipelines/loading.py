@@ -1,7 +1,5 @@
 """Loading a diffusers pipeline, and finding its denoiser, the network called at every step."""
 
-from __future__ import annotations
-
 import logging
 from pathlib import Path
 

@@ -4,8 +4,6 @@ An image depends on its own seed alone, so any process can make any shard, and m
 folder without `manifest.json` is unfinished: collecting goes on, and ends with the same bytes.
 """
 
-from __future__ import annotations
-
 import math
 import platform
 import re

@@ -1,7 +1,5 @@
 """One update of a BatchTopK coder by autograd, for losses whose gradients nobody wrote out."""
 
-from __future__ import annotations
-
 import torch
 
 from helpers.training.sparse_step import Part, largest

@@ -1,7 +1,5 @@
 """Training a dictionary on a store: one call for notebooks, baselines and several processes."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 

@@ -4,8 +4,6 @@ The one dense product that training needs is the encoder's. Decoding, the gradie
 the gradients of both weight matrices are products with a sparse matrix of the kept codes.
 """
 
-from __future__ import annotations
-
 import warnings
 from typing import NamedTuple
 
