@@ -56,7 +56,7 @@ UNTRAINED = {  # name -> (data, coordinates, config) -> Dictionary
     "neurons": lambda data, c, _: Dictionary("neurons", c, Projection(torch.eye(c.d_in).to(c.mu))),
 }
 MATCHED = 2048  # latents at most that are matched one to one with those of another seed
-DENSE = 8192  # latents at most whose codes before the threshold, dense, are read
+DENSE = 8192  # latents at most whose evidence and codes before the threshold, dense, are read
 CEILING = "ceiling"  # no coder: logistic regressions on activations, of all steps and of each
 
 
@@ -99,8 +99,9 @@ def data_of(run: str, n_train: int, steps: tuple[int, ...]) -> Data:
 def _labels(run: str, split: str, n: int | None = None):
     """What the images of a split, or the first n, show."""
     source = _run(run)
-    images = source.store.images(split, slice(n))
-    return source.truth.labels(source.store.prompts_of(split)[:n], images, source.store.grid)
+    images, tokens = source.store.images(split, slice(n)), source.store.tokens(split)[:n]
+    labels = source.truth.labels(source.store.prompts_of(split)[:n], images, source.store.grid)
+    return labels.only(tokens)
 
 
 def _words(name: str) -> list[tuple[str, float]]:
@@ -169,9 +170,10 @@ def _readouts(own: Dictionary, data: Data) -> dict[str, Readout]:
         norms = own.directions().flatten(1).norm(dim=1).cpu().numpy()
         bits = readouts.bits(codes["validation"], norms, error, p.mu.shape[1])
         found |= {f"bits, {part}": r for part, r in bits.items()}
-        found |= readouts.time_of(own, x["test"]) | _rates(codes["test"])
+        found |= _rates(codes["test"])
         if own.n_latents <= DENSE:
             scores = {split: _scores(own, x[split]) for split in codes}
+            found |= readouts.time_of(own, x["test"])
             before = readouts.detect(scores, data.labels, data.names, probes=())
             detected["auroc before threshold"] = before["auroc"]
     found |= {what: readouts.mean(by_label.values()) for what, by_label in detected.items()}

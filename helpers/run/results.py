@@ -6,6 +6,7 @@ import itertools
 from dataclasses import asdict, fields
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from helpers.measure.metrics import Estimate
@@ -24,8 +25,12 @@ class Results:
 
     def __init__(self, path: str | Path, default: Cell):
         self.default = asdict(default) | {"steps": steps_as_text(default.steps)}
-        exists = Path(path).exists()
-        self.rows = pd.read_csv(path) if exists else pd.DataFrame(columns=[*FIELDS, *ROW])
+        self.rows = pd.DataFrame(columns=[*FIELDS, *ROW])
+        if Path(path).exists():
+            self.rows = pd.read_csv(path)
+        self._of: dict[tuple, list[dict]] = {}  # read-out and all fields but the seed -> rows
+        for row in self.rows.to_dict("records"):
+            self._of.setdefault(_key(row["readout"], row), []).append(row)
 
     def estimates(self, readout: str, less_raw: bool = False, **cells) -> pd.DataFrame:
         """A row for each combination of the listed values that is in the table, in their order.
@@ -35,18 +40,16 @@ class Results:
         """
         listed = {n: v if isinstance(v, list) else [v] for n, v in cells.items()}
         varied = [name for name, values in listed.items() if len(values) > 1]
-        value, low, high = ("less_raw", "less_low", "less_high") if less_raw else ROW[1:4]
-        own, found = self.rows[self.rows.readout == readout].dropna(subset=[value]), []
-        for name, default in self.default.items():
-            if name not in listed and name != "seed":
-                own = own[own[name] == default]
+        columns, found = ROW[4:] if less_raw else ROW[1:4], []
         for values in itertools.product(*listed.values()):
             chosen = dict(zip(listed, values))
-            at = own[(own[list(chosen)] == pd.Series(chosen)).all(axis=1)] if chosen else own
-            if len(at):
-                estimate = over_seeds(at[value], (at[high] - at[low]) / 2)
-                row = {name: chosen[name] for name in varied} | estimate._asdict()
-                found.append(row | {"seeds": len(at)})
+            rows = self._of.get(_key(readout, self.default | chosen), [])
+            figures = np.array([[row[c] for c in columns] for row in rows]).reshape(-1, 3)
+            value, low, high = figures[~np.isnan(figures[:, 0])].T
+            if len(value):
+                row = {name: chosen[name] for name in varied}
+                row |= over_seeds(value, (high - low) / 2)._asdict()
+                found.append(row | {"seeds": len(value)})
         return pd.DataFrame(found, columns=[*varied, *Estimate._fields, "seeds"])
 
     def overview(self, readouts: list[str], less_raw: list[str] = (), **cells) -> pd.DataFrame:
@@ -61,6 +64,10 @@ class Results:
         there = set(self.rows[FIELDS].itertuples(index=False, name=None))
         texts = (asdict(cell) | {"steps": steps_as_text(cell.steps)} for cell in cells)
         return sum(tuple(text[name] for name in FIELDS) in there for text in texts)
+
+
+def _key(readout: str, cell: dict) -> tuple:
+    return readout, *(cell[name] for name in FIELDS if name != "seed")
 
 
 def _in_words(name: str, part: pd.DataFrame) -> pd.Series:
