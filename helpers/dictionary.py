@@ -113,7 +113,7 @@ class Dictionary(torch.nn.Module):
 
     def cost(self, z: torch.Tensor) -> torch.Tensor:
         """Numbers that a trajectory takes, int (…,): its codes (…, n_latents) that are not zero."""
-        return (z != 0).sum(-1)
+        return torch.count_nonzero(z, dim=-1)
 
     def calibrate(self, x: torch.Tensor) -> Dictionary:
         """Set a sparse coder's threshold for k on held-out x, (n, S, d); returns itself."""

@@ -2,6 +2,7 @@ import ast
 import dis
 import os
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -243,6 +244,25 @@ def test_without_labels_steering_tells_what_it_changed_and_calls_nothing_a_succe
     assert all(of["inside"][0] > 0 for of in found["chosen"].values())
     for path in grey_run.rglob("*.json"):
         assert "NaN" not in path.read_text(), path
+
+
+@pytest.mark.process
+def test_after_another_training_baselines_are_refused_until_04_has_trained_them_anew(
+    grey_run, tmp_path
+):
+    folder = tmp_path / "run"
+    shutil.copytree(grey_run, folder)
+    parameters = parameters_for("06", "demo") | {"run": str(folder)}
+    assert Run("06_steering", parameters).baseline("raw concat").coder.k == TINY["03"]["k"]
+    run_here("03", run=str(folder), **TINY["03"] | {"k": 2})
+    with pytest.raises(ValueError, match="run 04_reconstruction_ablation again"):
+        Run("06_steering", parameters).baseline("raw concat")
+    run_here("04", run=str(folder), **TINY["04"])
+    run = Run("06_steering", parameters)
+    assert [run.baseline(f"{kind} one step").coder.k for kind in ("raw", "residual")] == [1, 1]
+    assert run.baseline("raw concat").coder.k == 2
+    with pytest.raises(ValueError, match="run 05_spatiotemporal_heatmaps again"):
+        _ = run.latents
 
 
 # --- the notebooks as they stand ---
