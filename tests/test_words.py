@@ -16,7 +16,7 @@ def test_words_are_those_neither_rare_nor_everywhere():
     assert set(made.names) == {"word=dog", "word=cat", "word=bird", "word=and"}
     dog = made.at_tokens()[:, :, made.names.index("word=dog")]
     assert dog.tolist() == [[True] * 3, [False] * 3, [False] * 3, [True] * 3]
-    assert made.of_kind(made.kind_of("word=dog")).all()
+    assert made.among("word=dog").all()
 
 
 def test_a_word_of_one_prompt_in_thirty_is_rare():
