@@ -49,3 +49,16 @@ def quality_bars(ax, quality: dict, chance: dict, kind: str) -> None:
     ax.plot(aims.values(), [names.index(a) for a in aims], "D", label="aim", **style)
     ax.set_yticks(range(len(names)), [NAMES[a] for a in names])
     ax.set(xlim=(0, 1.02), ylim=(len(names) - 0.4, -0.6), xlabel="share right", title=kind)
+
+
+def decision_steps(ax, decided: dict[str, np.ndarray]) -> None:
+    """Rows of steps, (thing,), by attribute: middle 80 % thin, middle 50 % thick, median a dot."""
+    for row, steps in enumerate(decided.values()):
+        known = steps[~np.isnan(steps)]
+        if len(known):
+            low, lower, median, upper, high = np.quantile(known, (0.1, 0.25, 0.5, 0.75, 0.9))
+            ax.plot((low, high), (row, row), color="#0072B2", linewidth=0.8, marker="")
+            ax.plot((lower, upper), (row, row), color="#0072B2", linewidth=3, marker="")
+            ax.plot(median, row, "o", color="white", markeredgecolor="black", markersize=4)
+    ax.set_yticks(range(len(decided)), [NAMES[a] for a in decided])
+    ax.set(ylim=(len(decided) - 0.5, -0.5), xlabel="denoising step")
