@@ -46,8 +46,8 @@ def fit(
     *,
     width: int | None = None,
     n_updates: int = 1000,
-    batch_size: int = 1024,
-    learning_rate: float = 1e-3,
+    batch_size: int = 512,
+    learning_rate: float = 3e-3,
     seed: int = 0,
     device="cpu",
 ) -> Nonlinear:
@@ -79,13 +79,13 @@ def fit(
         errors(h)[1].sum().backward()
         optimiser.step()
     with torch.no_grad():
-        before, after = errors(next(store.batches("validation", 8 * batch_size, seed)))
+        before, after = errors(next(store.batches("validation", 16 * batch_size, seed)))
         V *= rho * (after < before)[:, None, None]
         V[0] = 0
         at_zero = torch.tanh(c)
         A, b = base.A + (U * (1 - at_zero**2)) @ V, base.b + (at_zero @ V)[:, 0]
         U, c, V = U.detach(), c.detach()[:, 0], V.detach()
         found = Nonlinear(base.mu, base.scale, A, b, base.D_inverse, U, c, V, base.B)
-        x = base.standardise(next(store.batches("train", 8 * batch_size, seed)).to(base.mu))
+        x = base.standardise(next(store.batches("train", 16 * batch_size, seed)).to(base.mu))
         size = found.residualize(x).view(x.shape).pow(2).mean((0, 2)).sqrt()
     return Nonlinear(base.mu, base.scale, A, b, size**block_exponent, U, c, V, base.B)
