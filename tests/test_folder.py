@@ -206,3 +206,19 @@ def test_the_commit_is_unknown_outside_a_checkout(project):
     subprocess.run(["git", "-C", project, *who, *made], check=True)
     head = subprocess.check_output(["git", "-C", project, "rev-parse", "HEAD"], text=True)
     assert head.startswith(folder.commit())
+
+
+@pytest.mark.parametrize(
+    "prompts, model, expected",
+    [
+        (["", ""], "demo", "Scenes"),
+        (["", ""], "another/model", "Words"),
+        (["", "a red thing"], "another/model", "Scenes"),
+        (["", "a dog"], "demo", "Words"),
+    ],
+)
+def test_prompts_without_a_word_are_the_worlds_only_with_its_model(prompts, model, expected):
+    store = SimpleNamespace(
+        prompts=prompts, manifest={"model": model}, images=lambda *_: np.zeros((1, 64, 64, 3))
+    )
+    assert type(Run.truth.func(SimpleNamespace(store=store))).__name__ == expected
