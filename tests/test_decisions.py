@@ -36,6 +36,19 @@ def test_things_their_images_their_values_and_what_their_tokens_add_up_to():
     assert found[5].tolist() == values[1, 4].tolist() and found.shape == (6, 2)
 
 
+def test_means_over_things_and_when_something_was_decided_in_an_image():
+    labels = things(2)
+    values = np.arange(24.0).reshape(2, 6, 2)
+    found = decisions.mean_of_things(values, labels)
+    assert found[1].tolist() == values[0, 2:4].mean(0).tolist()
+    none = Labels(NAMES, np.full((2, 6), -1), labels.has, labels.kind)
+    assert not decisions.mean_of_things(values, none).any()
+    decided = {"background": np.array([np.nan, np.nan, 3, np.nan, np.nan, 7])}
+    found = decisions.in_images(decided, labels, "background=sky", 3)
+    assert found == pytest.approx([3, 7, np.nan], nan_ok=True)
+    assert np.isnan(decisions.in_images(decided, labels, "colour=red", 3)).all()
+
+
 def test_the_half_step_is_that_of_the_things_own_label():
     labels = things(2)
     evidence = np.zeros((6, 3, 5))

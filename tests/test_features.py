@@ -39,3 +39,16 @@ def test_the_latent_most_alike_has_the_largest_cosine():
     assert features.most_alike(codes(), 0, codes()) == 0
     others = codes().values.toarray()[:, [4, 3, 2, 1]]
     assert features.most_alike(codes(), 0, Codes(scipy.sparse.csc_matrix(others), 3)) == 2
+
+
+def test_examples_are_strong_in_all_dictionaries_and_spread_over_time():
+    strong = np.arange(20.0)[::-1]
+    own = Codes(scipy.sparse.csc_matrix(strong[:, None]), 20)
+    hour = np.full(20, np.nan)
+    assert features.examples([own, own], [0, 0], hour, 3) == [0, 1, 2]
+    hour[::2] = [5, 4, 3, 2, 1, 0, 9, 9, 9, 9]
+    assert features.examples([own], [0], hour, 2) == [10, 14]  # the first and last of eight
+    other = Codes(scipy.sparse.csc_matrix(strong[::-1, None] ** 3), 20)
+    assert features.examples([own, other], [0, 0], hour, 1) == features.examples(
+        [own], [0], hour, 1
+    )

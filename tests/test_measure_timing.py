@@ -138,6 +138,16 @@ def test_lifetimes_of_latents():
     assert timed.fires(8).tolist() == [True, True, False] and not timed.fires(9).any()
 
 
+def test_where_latents_peak_and_how_much_is_there():
+    timed = made([[3, 1, 0, 0], [0, 0, 0, 4], [0, 1, 1, 2], [0, 0, 0, 0]], [0.5, 0.2, 0.1, np.nan])
+    assert timed.profile.tolist() == (8 * timed.evidence[0]).tolist()
+    assert timed.peaks() == pytest.approx([1 / 3, 0, 0, 2 / 3])
+    assert timed.of_latents() == {"in peak step": 0.75, "duration": pytest.approx(2 / 3)}
+    silent = made([[0.0] * 4], [np.nan])
+    assert silent.of_latents() == {"in peak step": None, "duration": None}
+    assert silent.peaks().tolist() == [0] * 4
+
+
 def test_an_image_counts_as_often_as_it_was_drawn():
     timed = made(np.eye(4)[:2], [0.1, 0.3], n_images=3, noise=0.5)
     twice = timing.Timing(

@@ -138,6 +138,14 @@ def test_some_images_of_a_split(many, rows):
     assert np.array_equal(found, every[rows])
 
 
+@pytest.mark.parametrize("rows", [[5], [22, 0, 7, 7], []])
+def test_activations_of_some_images_of_a_split(many, rows):
+    store = Store(many)
+    every = torch.cat(list(store.shards("train")))
+    found = store.activations("train", rows)
+    assert found.dtype == torch.float32 and torch.equal(found, every[rows])
+
+
 def test_only_the_shards_of_the_images_asked_for_are_read(many, tmp_path):
     folder = shutil.copytree(many, tmp_path / "t")
     for path in sorted(folder.glob("*.safetensors"))[1:]:

@@ -2,27 +2,79 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from helpers.plots.views import latent_view
+from helpers.measure.features import Cluster
+from helpers.plots import views
 
-IMAGES = np.full((3, 16, 32, 3), 0.5)
-CODES = np.arange(24.0).reshape(3, 2, 4)
-NORMS, TIMESTEPS = np.array([1.0, 3.0]), [961.0, 1.0]
+TIMESTEPS = [961.0, 481.0, 1.0]
 
 
-def test_a_latent_is_shown_by_its_effect_at_the_step_and_its_norms():
-    fig = latent_view(7, 1, IMAGES, CODES, NORMS, TIMESTEPS)
-    left, right = fig.subfigs
-    assert left.get_suptitle() == "latent 7 at t = 1: top test images"
-    for ax, codes in zip(left.axes[3:6], CODES):
-        assert np.array_equal(ax.images[0].get_array(), 3 * codes)
-        assert ax.images[0].get_clim() == (0, 23 * 3)
-    (ax,) = right.axes
-    norms, here = ax.lines
-    assert norms.get_xydata().tolist() == [[961, 1], [1, 3]] and here.get_xdata() == [1, 1]
+def found(seed=0, n=2):
+    rng = np.random.default_rng(seed)
+    by_step = {name: rng.random(3) for name in ("effect", "onset", "random")}
+    maps = {"evidence": rng.normal(size=(n, 3, 2, 4)), "codes": rng.random((n, 2, 4))}
+    return {"latent": 7} | maps | by_step
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_evidence_is_shown_on_one_scale_for_all_steps_and_images(channels):
+    images = np.full((2, 16, 32, channels), 0.5)
+    of = {"raw concat": found(), "residual concat": found(1)}
+    fig = views.latent_view("two latents", images, of, TIMESTEPS, marks=np.array([1.0, np.nan]))
+    for part, values in zip(fig.subfigs, of.values()):
+        maps, lines = part.subfigs
+        limit = abs(values["evidence"]).max()
+        rows = zip(maps.axes, images, values["evidence"], values["codes"])
+        for ax, image, evidence, codes in rows:
+            shown = ax.images
+            assert np.array_equal(np.reshape(shown[0].get_array(), image.shape), image)
+            assert shown[0].get_clim() == (0, 1)
+            for of_step, drawn in zip(evidence, shown[1:7:2]):
+                assert np.array_equal(drawn.get_array(), of_step)
+                assert drawn.get_clim() == (-limit, limit)
+            assert np.array_equal(shown[7].get_array(), codes)
+            assert shown[7].get_clim() == (0, values["codes"].max())
+            ends = [image.get_extent()[:2] for image in (shown[0], *shown[1::2])]
+            assert all(right < left for (_, right), (left, _) in zip(ends, ends[1:]))
+        effect, onset, random = lines.axes[0].lines
+        assert effect.get_ydata().tolist() == values["effect"].tolist()
+        assert onset.get_ydata().tolist() == values["onset"].tolist()
+        assert random.get_ydata().tolist() == values["random"].tolist()
+    first, second = fig.subfigs[0].subfigs[0].axes[:2]
+    assert [t.get_text() for t in first.texts] == ["t = 961", "t = 481", "t = 1", "code"]
+    (mark,) = first.lines  # below the middle of the second step's map
+    assert mark.get_xdata() == sum(first.images[3].get_extent()[:2]) / 2 and not second.lines
     plt.close(fig)
 
 
-@pytest.mark.parametrize("step", [-1, 2])
-def test_a_step_that_is_not_there_is_refused(step):
-    with pytest.raises(ValueError, match="step .*0 to 1"):
-        latent_view(7, step, IMAGES, CODES, NORMS, TIMESTEPS)
+def test_a_silent_latent_can_be_shown():
+    silent = {name: 0 * np.asarray(v) for name, v in found().items()}
+    fig = views.latent_view("silent", np.zeros((2, 16, 32, 3)), {"raw concat": silent}, TIMESTEPS)
+    fig.draw_without_rendering()
+    plt.close(fig)
+
+
+def test_latents_are_drawn_by_the_step_of_their_peak_as_shares():
+    fig, ax = plt.subplots()
+    shown = views.shares_by_latent(ax, np.array([[0, 1, 3], [4, 0, 0], [2, 6, 0]]), "evidence")
+    assert shown.get_array().tolist() == [[1, 0, 0], [0.25, 0.75, 0], [0, 0.25, 0.75]]
+    plt.close(fig)
+
+
+def test_correlations_are_drawn_with_their_numbers():
+    fig, ax = plt.subplots()
+    shown = views.correlations(ax, np.array([[0.5, np.nan], [-0.2, 0.1]]), ["a", "b"], "raw")
+    assert shown.get_clim() == (-0.6, 0.6)
+    assert [t.get_text() for t in ax.texts] == ["0.50", "nan", "-0.20", "0.10"]
+    plt.close(fig)
+
+
+@pytest.mark.parametrize("n", [0, 2])
+def test_clusters_are_drawn_on_one_scale(n):
+    maps = np.array([[0.5, 0.5, 0, 0, 0, 0, 0, 0], np.full(8, 0.125)])
+    some = [Cluster(np.array([3, 1]), m, np.array([0.2, 0.8, 0])) for m in maps[:n]]
+    fig = views.cluster_view(some, (2, 4), TIMESTEPS)
+    fig.draw_without_rendering()
+    drawn = [ax.images[0] for ax in fig.axes[:n]]
+    assert all(image.get_clim() == (0, 0.5) for image in drawn)
+    assert [i.get_array().ravel().tolist() for i in drawn] == maps[:n].tolist()
+    plt.close(fig)

@@ -31,6 +31,13 @@ def of_things(values: np.ndarray, labels: Labels) -> np.ndarray:
     return out
 
 
+def mean_of_things(values: np.ndarray, labels: Labels) -> np.ndarray:
+    """Mean over the tokens of each thing, (thing, …); 0 for one that owns no token."""
+    count = of_things(np.ones(values.shape[:2]), labels)
+    total = of_things(values, labels)
+    return total / np.maximum(count, 1).reshape(-1, *[1] * (total.ndim - 1))
+
+
 def image_of(labels: Labels) -> np.ndarray:
     """The image that each thing is in, (thing,); 0 for one that owns no token."""
     out = np.zeros(len(labels.has), int)
@@ -45,6 +52,15 @@ def own_label(labels: Labels) -> dict[str, np.ndarray]:
     for attribute, places in attributes_of(labels.names).items():
         has = labels.has[:, places]
         out[attribute] = np.where(has.any(1), np.array(places)[has.argmax(1)], -1)
+    return out
+
+
+def in_images(decided: dict, labels: Labels, label: str, n_images: int) -> np.ndarray:
+    """When a label's attribute was decided in each image that shows it, (image,), else NaN."""
+    out, attribute = np.full(n_images, np.nan), label.partition("=")[0]
+    if attribute in decided:
+        has = labels.has[:, labels.names.index(label)]
+        out[image_of(labels)[has]] = decided[attribute][has]
     return out
 
 

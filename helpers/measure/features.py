@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 import scipy.sparse
+from scipy.stats import rankdata
 
 from helpers.measure.detection import Codes
 
@@ -55,3 +56,18 @@ def most_alike(codes: Codes, latent: int, others: Codes) -> int:
     column = codes.of(latent).ravel()
     norms = np.sqrt(np.asarray(others.values.multiply(others.values).sum(0)).ravel())
     return int(np.argmax((others.values.T @ column) / np.maximum(norms, 1e-12)))
+
+
+def examples(codes: list[Codes], latents: list[int], hour: np.ndarray, n: int) -> list[int]:
+    """n images on which latents of several dictionaries are strongest together.
+
+    Of the strongest 4 n whose `hour` (image,) is known, they are spread evenly from the earliest to
+    the latest; where it is known of fewer than n, it is left aside.
+    """
+    strong = sum(rankdata(c.of(latent).max(1)) for c, latent in zip(codes, latents))
+    top = np.argsort(-strong, kind="stable")
+    known = top[~np.isnan(hour[top])][: 4 * n]
+    if len(known) < n:
+        return top[:n].tolist()
+    known = known[np.argsort(hour[known], kind="stable")]
+    return known[np.linspace(0, len(known) - 1, n).astype(int)].tolist()

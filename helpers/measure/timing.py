@@ -87,9 +87,25 @@ class Timing:
         """Share of a code's positive evidence in its peak step, mean over active codes."""
         return metrics.ratio(*self.shares.T)
 
+    @property
+    def profile(self) -> np.ndarray:
+        """Positive evidence of each latent by step, over all images, (latent, step)."""
+        return self.evidence.sum(0)
+
     def fires(self, at_least: int = 1) -> np.ndarray:
         """Which latents are active in at least so many images, bool, (latent,)."""
         return (~np.isnan(self.entropy)).sum(0) >= at_least
+
+    def peaks(self) -> np.ndarray:
+        """Share of the latents that fire whose evidence peaks at each step, (step,)."""
+        peak = self.profile[self.fires()].argmax(1)
+        return np.bincount(peak, minlength=self.evidence.shape[2]) / max(1, len(peak))
+
+    def of_latents(self) -> dict[str, float]:
+        """Medians over the latents that fire: 'in peak step', `peak_share`, and `duration`."""
+        profile = self.profile[self.fires()]
+        measured = {"in peak step": peak_share(profile), "duration": duration(profile)}
+        return {name: float(np.nanmedian(v)) if len(v) else None for name, v in measured.items()}
 
     def lifetimes(self, steps, times=None) -> dict[str, np.ndarray]:
         """Of each latent, from images that count `times` (image,), each (latent,), NaN if silent.

@@ -86,6 +86,11 @@ class Store:
         out /= 255
         return out
 
+    def activations(self, split: str, rows) -> torch.Tensor:
+        """Raw activations of `rows` of a split's images: float32, (image, step, token, channel)."""
+        places = self._places(split)
+        return self._read([places[n] for n in rows], self.tokens_kept(split)).float()
+
     def _shards_of(self, split: str) -> list[int]:
         one_of("split", split, SPLITS)
         every = enumerate(self.manifest["images_of_shard"])
