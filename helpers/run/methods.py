@@ -175,9 +175,11 @@ def _readouts(own: Dictionary, data: Data) -> dict[str, Readout]:
             scores = {split: _scores(own, x[split]) for split in codes}
             found |= readouts.time_of(own, x["test"])
             before = readouts.detect(scores, data.labels, data.names, probes=())
-            detected["auroc before threshold"] = before["auroc"]
-    found |= {what: readouts.mean(by_label.values()) for what, by_label in detected.items()}
-    return found | _by_attribute("auroc", detected["auroc"])
+            detected["auroc before threshold"] = before.get("auroc", {})
+    if data.names:
+        found |= {what: readouts.mean(by_label.values()) for what, by_label in detected.items()}
+        found |= _by_attribute("auroc", detected["auroc"])
+    return found
 
 
 def _explained(rebuilt: Reconstruction, space: str) -> Readout:
@@ -209,6 +211,8 @@ def _rates(codes: detection.Codes) -> dict[str, Readout]:
 
 def _ceilings(data: Data, run: str) -> dict[str, Readout]:
     """Logistic regressions on standardised activations, of all steps together and of each."""
+    if not data.names:
+        return {}
     seen = torch.cat([*data.standardised("train")])
     labels = {"train": _labels(run, "train", len(seen)), "test": data.labels["test"]}
     x = {"train": seen.cpu().numpy(), "test": data.x["test"].cpu().numpy()}

@@ -161,7 +161,7 @@ def do(sweep: Sweep, cell: Cell, deadline: float = float("inf")) -> str:
     what = f"{cell.captions} {cell.hookpoint} {cell.coordinates}, {cell.coder}, seed {cell.seed}"
     try:
         readouts, directions = methods.measured(cell, sweep.run_of(cell))
-    except (FloatingPointError, ValueError) as error:
+    except (FloatingPointError, RuntimeError, ValueError) as error:
         return f"{what}: failed, {error}"
     if directions is not None:
         save_tensors(path.with_suffix(".safetensors"), {"u": directions.half()})
@@ -232,10 +232,12 @@ def run(sweep: Sweep, processes: int = 1, budget: float = float("inf")) -> Path:
         print(f"{len(done)} cells are done, {len(todo)} are not", flush=True)
         start = time.perf_counter()
         lines = workers(do, [(sweep, cell, deadline) for cell in todo])
-        for n, line in enumerate(filter(None, lines), 1):
-            left = (time.perf_counter() - start) / n * (len(todo) - n) / 60
-            print(f"[{n}/{len(todo)}] {line}; {left:.0f} min left", flush=True)
-    save_text(csv_of(sweep), table(sweep))
+        try:
+            for n, line in enumerate(filter(None, lines), 1):
+                left = (time.perf_counter() - start) / n * (len(todo) - n) / 60
+                print(f"[{n}/{len(todo)}] {line}; {left:.0f} min left", flush=True)
+        finally:  # also of a sweep that is stopped
+            save_text(csv_of(sweep), table(sweep))
     return csv_of(sweep)
 
 
