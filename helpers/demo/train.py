@@ -92,12 +92,20 @@ def cache_latents(pipe, n: int, path, seed: int = 0) -> tuple[torch.Tensor, list
     tensors, record = load_tensors(path)
     _refuse_others(path, record | {"n": len(tensors["latents"])}, {"n": n, "seed": seed})
     rng = np.random.default_rng([seed, 7])
-    captions = [world.caption(world.leave_open(s, rng)) for _ in range(4) for s in scenes]
+    captions = [world.caption(world.leave_open(s, rng, 0.5)) for _ in range(4) for s in scenes]
     return tensors["latents"], captions
 
 
 def train_denoiser(
-    pipe, latents, captions, schedule: Schedule, checkpoint, *, drop_caption=0.1, layout_from=1600
+    pipe,
+    latents,
+    captions,
+    schedule: Schedule,
+    checkpoint,
+    *,
+    drop_caption=0.1,
+    layout_from=1600,
+    start=None,
 ) -> tuple[np.ndarray, float]:
     """Train text encoder and U-Net to predict the noise in `latents`, (n, 4, 16, 16), scaled.
 
@@ -105,7 +113,8 @@ def train_denoiser(
     empty one, for classifier-free guidance. The error at a timestep of signal-to-noise ratio SNR is
     weighted by min(SNR + floor, 5) / SNR: Min-SNR-5 (Hang et al. 2023, arXiv:2303.09556) with a
     floor, without which the layout, decided at SNR < 0.1, is hardly learnt. The floor is 0.1, and 1
-    from step `layout_from` on. Returns what `train` returns.
+    from step `layout_from` on. With `start`, the checkpoint of an earlier training, its weights are
+    gone on from. Returns what `train` returns.
     """
     in_range("drop_caption", drop_caption, 0, 1)
     in_range("layout_from", layout_from, 0)
@@ -133,6 +142,10 @@ def train_denoiser(
         return (weights[step >= layout_from][timesteps].to(device) * error).mean()
 
     network = ModuleList([text_encoder, unet])
+    if start:
+        earlier = load_tensors(start)[0]
+        for name, weight in network.named_parameters():
+            weight.data.copy_(earlier[f"weight.{name}"])
     result = train(network, loss_of, schedule, checkpoint, every=250, ema_decay=0.999)
     network.eval()
     return result
