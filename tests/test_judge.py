@@ -171,8 +171,8 @@ def test_the_shipped_card_says_what_was_measured():
 
 def test_a_card_names_the_aims_that_are_missed():
     parameters, found, results = measured()
-    estimate, aim, _ = results["aims"]["all"]
-    results["aims"] |= {"all": (estimate, aim, False)}
+    for name, (estimate, aim, _) in results["aims"].items():
+        results["aims"][name] = estimate, aim, name != "all"
     card = judge.model_card(parameters, found["seconds"], found["bytes"], results)
     assert "Aims not met: everything at once." in card and "not met |" in card
 

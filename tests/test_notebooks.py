@@ -96,7 +96,7 @@ def test_changed_parameters_reach_the_files_and_the_metrics(tiny_run):
     given = metrics_of(tiny_run, "03")["parameters"]
     tensors, _ = files.load_tensors(tiny_run / "sae.safetensors")
     assert (given["k"], given["n_latents"]) == (3, 32)
-    assert tensors["coder.W_dec"].shape == (32, 2 * 160)
+    assert tensors["coder.W_dec"].shape == (32, 2 * 128)
     manifest = files.load_json(tiny_run / "trajectories" / "manifest.json")
     assert (manifest["steps"], manifest["grid"], manifest["dtype"]) == ([0, 2], [4, 4], "float32")
     assert len(manifest["prompts"]) == 10
@@ -414,4 +414,4 @@ def test_readme_bundle_lines_run(tiny_run, tmp_path):
     code = code.replace('"runs/sd15"', repr(str(tiny_run)))
     names: dict = {}
     exec(code.replace("you/sd15-residual-sae", str(tmp_path / "bundle")), names)
-    assert names["u"].shape == (32, 2, 160)
+    assert names["u"].shape == (32, 2, 128)
