@@ -12,7 +12,7 @@ from scipy.stats import rankdata
 
 from helpers.measure import metrics
 from helpers.measure.labels import Labels
-from helpers.measure.timing import crossing, resampled_counts
+from helpers.measure.timing import crossing
 
 
 def attributes_of(names: list[str]) -> dict[str, list[int]]:
@@ -105,15 +105,17 @@ class Agreement:
 
     def own(self, *attributes: str) -> metrics.Estimate:
         """Of decisions with evidence for the same attribute, mean over attributes."""
-        return _mean([self.resampled[a, a] for a in attributes])
+        return metrics.mean_of_resampled([self.resampled[a, a] for a in attributes])
 
     def other(self, *attributes: str) -> metrics.Estimate:
         """Of decisions with evidence for other attributes of the same things."""
-        return _mean([self._others(a) for a in attributes])
+        return metrics.mean_of_resampled([self._others(a) for a in attributes])
 
     def specific(self, *attributes: str) -> metrics.Estimate:
         """`own` less `other`, on the same resampled images."""
-        return _mean([self.resampled[a, a] - self._others(a) for a in attributes])
+        return metrics.mean_of_resampled(
+            [self.resampled[a, a] - self._others(a) for a in attributes]
+        )
 
     def matrix(self, attributes: list[str]) -> np.ndarray:
         return np.array([[self.resampled[a, b][0] for b in attributes] for a in attributes])
@@ -121,12 +123,11 @@ class Agreement:
     def _others(self, attribute: str) -> np.ndarray:
         rows = [v for (a, b), v in self.resampled.items() if a == attribute != b]
         rows = [v for v in rows if not np.isnan(v[0])]
-        return np.mean(rows, axis=0) if rows else np.full(1001, np.nan)
-
-
-def _mean(resampled: list[np.ndarray]) -> metrics.Estimate:
-    defined = [v for v in resampled if not np.isnan(v[0])]
-    return metrics.of_resampled(np.mean(defined, axis=0)) if defined else metrics.NOTHING
+        return (
+            np.mean(rows, axis=0)
+            if rows
+            else np.full_like(self.resampled[attribute, attribute], np.nan)
+        )
 
 
 def agreement(decided: dict, half: dict, labels: Labels, seed=0, at_least: int = 10) -> Agreement:
@@ -136,7 +137,7 @@ def agreement(decided: dict, half: dict, labels: Labels, seed=0, at_least: int =
     label; intervals resample images; NaN with fewer than `at_least` things or no spread.
     """
     own, image = own_label(labels), image_of(labels)
-    counts = resampled_counts(len(labels.owner), seed=seed)
+    counts = metrics.resampled_counts(len(labels.owner), seed=seed)
     ranks = [
         {a: _ranks(v, own[a]) for a, v in steps.items() if a in own} for steps in (decided, half)
     ]

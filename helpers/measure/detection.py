@@ -103,21 +103,16 @@ class Detection:
 
     def auroc(self, *names: str) -> metrics.Estimate:
         """AUROC on the test images, mean over those labels that some tokens have, some lack."""
-        return _mean([self.resampled[n] for n in names])
+        return metrics.mean_of_resampled([self.resampled[n] for n in names])
 
     def less(self, rival: "Detection", *names: str) -> metrics.Estimate:
         """AUROC less a rival's on the same images, mean over labels."""
-        return _mean([self.resampled[n] - rival.resampled[n] for n in names])
+        return metrics.mean_of_resampled([self.resampled[n] - rival.resampled[n] for n in names])
 
     def arbitrary(self, *names: str) -> metrics.Estimate:
         """Mean AUROC of latents chosen for shuffled labels; the interval is that of shuffles."""
         defined = [self.shuffled[n] for n in names if not np.isnan(self.resampled[n][0])]
-        return _mean([np.array([v.mean(), *v]) for v in defined])
-
-
-def _mean(resampled: list[np.ndarray]) -> metrics.Estimate:
-    defined = [v for v in resampled if not np.isnan(v[0])]
-    return metrics.of_resampled(np.mean(defined, axis=0)) if defined else metrics.NOTHING
+        return metrics.mean_of_resampled([np.array([v.mean(), *v]) for v in defined])
 
 
 def detect(codes: dict, labels: dict, names: list[str], *, n_shuffles: int, seed=0) -> Detection:

@@ -141,9 +141,7 @@ def resampled_auroc(scores, labels, images, n_images, n_resamples=1000, seed=0) 
     `images` (sample,) tells which of n_images a sample comes from. Calls with the same n_images and
     seed draw the same images, so that results, (1 + n_resamples,), can be averaged or subtracted.
     """
-    drawn = np.random.default_rng(seed).integers(n_images, size=(n_resamples, n_images))
-    counts = np.array([np.bincount(d, minlength=n_images) for d in drawn]).T  # (image, resample)
-    weights = np.column_stack([np.ones(n_images), counts])
+    weights = resampled_counts(n_images, n_resamples, seed)
     _, place = np.unique(scores, return_inverse=True)  # ties share a place
     n_places = place.max(initial=0) + 1
     positives, negatives = (  # samples of each image at each place of the order
@@ -158,9 +156,22 @@ def resampled_auroc(scores, labels, images, n_images, n_resamples=1000, seed=0) 
     return np.concatenate(out)
 
 
+def resampled_counts(n_images: int, n_resamples: int = 1000, seed: int = 0) -> np.ndarray:
+    """How often each image counts, as it is and then resampled: (image, 1 + n_resamples)."""
+    drawn = np.random.default_rng(seed).integers(n_images, size=(n_resamples, n_images))
+    counts = [np.bincount(d, minlength=n_images) for d in drawn]
+    return np.column_stack([np.ones(n_images), *counts])
+
+
 def of_resampled(values) -> Estimate:
     """An estimate from a figure and its resampled values, (1 + n_resamples,)."""
     value, resampled = float(values[0]), np.asarray(values[1:])
     if np.isnan(resampled).all():
         return Estimate(value, float("nan"), float("nan"))
     return Estimate(value, *map(float, np.nanpercentile(resampled, [2.5, 97.5])))
+
+
+def mean_of_resampled(resampled: list[np.ndarray]) -> Estimate:
+    """The mean of figures resampled alike, each (1 + n_resamples,); NaN ones take no part."""
+    defined = [v for v in resampled if not np.isnan(v[0])]
+    return of_resampled(np.mean(defined, axis=0)) if defined else NOTHING

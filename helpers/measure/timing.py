@@ -134,7 +134,7 @@ class Timing:
         own = self.fires(at_least)
         timing = Timing(self.evidence[:, own], self.entropy[:, own], self.shares)
         found = {"duration": [], "entropy": []}
-        for times in resampled_counts(len(self.evidence), n_resamples, seed).T:
+        for times in metrics.resampled_counts(len(self.evidence), n_resamples, seed).T:
             lifetimes = timing.lifetimes(steps, times)
             for name, values in found.items():
                 values.append(spearman(lifetimes["peak"], lifetimes[name]))
@@ -170,10 +170,3 @@ def spearman(a, b) -> float:
     if len(a) < 3 or np.ptp(a) == 0 or np.ptp(b) == 0:
         return float("nan")
     return float(np.corrcoef(a, b)[0, 1])
-
-
-def resampled_counts(n_images: int, n_resamples: int = 1000, seed: int = 0) -> np.ndarray:
-    """How often each image counts, as it is and then resampled: (image, 1 + n_resamples)."""
-    drawn = np.random.default_rng(seed).integers(n_images, size=(n_resamples, n_images))
-    counts = [np.bincount(d, minlength=n_images) for d in drawn]
-    return np.column_stack([np.ones(n_images), *counts])

@@ -32,7 +32,7 @@ def train_per_step(
     """
     coordinates = coordinates.to(device)
     S, d = coordinates.n_steps, coordinates.channels
-    config = replace(config, k=config.k / S if config.k % S else config.k // S)
+    config = replace(config, k=of_single_steps(config, S).k)
     saes, histories = [], []
     for s in range(S):
 
