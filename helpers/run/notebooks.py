@@ -89,6 +89,8 @@ def _papermill(notebook: Path, copy: Path, chosen: dict) -> None:
             progress_bar={"desc": notebook.stem, "leave": False} if terminal else False,
             # without it, each kernel warns that the loopback device is not encrypted
             config=Config(KernelManager={"transport_encryption": "auto"}),
+            # a kernel may log the interrupt that ends it, as if it had been ours
+            extra_arguments=["--log-level=CRITICAL"],
         )
     except papermill.exceptions.PapermillExecutionError as error:
         print("stopped", flush=True)
