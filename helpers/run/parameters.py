@@ -15,7 +15,7 @@ NOTEBOOKS = ROOT / "notebooks"
 
 AT_LEAST_ZERO = (
     *("height", "width", "tokens_per_image", "steps", "guidance_scale", "one_step_factor"),
-    *("ridge_strengths", "layout_from", "n_timed"),
+    *("ridge_strengths", "n_timed"),
 )
 RULES = {  # parameter -> what refuses a bad value of it, or a bad entry if it is a list
     **dict.fromkeys(AT_LEAST_ZERO, partial(in_range, low=0)),
