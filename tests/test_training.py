@@ -325,6 +325,14 @@ def test_a_training_that_was_stopped_ends_as_if_it_had_not_been(
     assert len(list(tmp_path.iterdir())) == 1
 
 
+def test_a_training_that_could_not_be_saved_is_not_begun(tmp_path, monkeypatch):
+    done = resumable(sparse_data(32), tmp_path)
+    monkeypatch.setattr("os.access", lambda *_: False)
+    with pytest.raises(OSError, match=f"^checkpoints: {tmp_path} cannot be written"):
+        resumable(stopping_at(0, sparse_data(32)), tmp_path, learning_rate=2e-2)
+    assert same(resumable(stopping_at(0, sparse_data(32)), tmp_path), done)
+
+
 @pytest.mark.process
 def test_a_training_killed_at_random_moments_ends_as_if_it_had_not_been(tmp_path):
     n, dice, fork = 300, random.Random(0), multiprocessing.get_context("fork")

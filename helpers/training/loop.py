@@ -13,7 +13,7 @@ import torch
 from tqdm.auto import tqdm
 
 from helpers.checks import in_range, positive, refuse
-from helpers.files import load_tensors, save_tensors
+from helpers.files import check_writable, load_tensors, save_tensors
 from helpers.sae import SAE
 from helpers.training.sparse_step import SparseStep
 
@@ -92,6 +92,8 @@ def train(
     if path and path.exists():
         training.resume(path)
     done, n_updates, history = training.done, config.n_updates, training.history
+    if path and done < n_updates:
+        check_writable(path.parent, path.name, name="checkpoints")
     main = accelerator is None or accelerator.is_main_process
     quiet = not main or done == n_updates or None  # None: shown in notebooks and terminals
     start = time.perf_counter() - history.seconds
