@@ -153,7 +153,8 @@ def shapes(pipe, taps, prompt: str, **sampling) -> dict:
     """Token rows, token columns and channels of each tap, in the order of the network.
 
     Keys are the taps as given, read off the denoiser's first call for one image. Left out are those
-    that it does not have or call, or that have no grid of tokens.
+    that it does not have or call, or that have no grid of tokens. ValueError for `sampling` that
+    the pipeline stumbles over.
     """
     found: dict = {}
     denoiser = denoiser_of(pipe)
@@ -170,7 +171,11 @@ def shapes(pipe, taps, prompt: str, **sampling) -> dict:
 
             stack.enter_context(listen(denoiser, pipe.scheduler, tap, note, skip_unfit=True))
         stack.callback(denoiser.register_forward_hook(leave).remove)
-        generate(pipe, [prompt], [0], **sampling)
+        try:
+            generate(pipe, [prompt], [0], **sampling)
+        except (AttributeError, LookupError, RuntimeError, TypeError) as error:
+            valid = f"what {type(pipe).__name__} takes ({str(error).splitlines()[0]:.200})"
+            refuse("what the pipeline is called with", sampling, valid)
     return found
 
 

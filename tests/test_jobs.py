@@ -166,14 +166,15 @@ def test_what_cannot_be_collected_is_named_before_a_model_is_loaded(
 def test_the_disk_is_looked_at_before_all_captions_are_made(pipe, tmp_path, monkeypatch, prompts):
     p, made, sample = parameters(tmp_path / "r", prompts=prompts), [], world.sample
     monkeypatch.setattr(world, "sample", lambda n, rng: made.append(n) or sample(n, rng))
-    usage = shutil.disk_usage("/")
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=6000))
+    room, usage = [6 * (3 * 16 * 32 * 4 + 3 * 16 * 16)], shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=room[0]))
     for ask in (jobs.plan_of, jobs.collect):
-        with pytest.raises(OSError, match="^n_train: 1000000004 images need .* TB .*6.00 kB free"):
+        with pytest.raises(OSError, match="^n_train: 1000000004 images need .* TB .*41.47 kB free"):
             ask(p | {"n_train": 10**9}, pipe)
     assert set(made) == {3}
-    usage = shutil.disk_usage("/")._replace(free=usage.free)
-    jobs.collect(p | {"n_train": 2}, pipe)  # 6 images of 3 steps · 16 tokens · 32 channels
+    assert jobs.collect(p | {"n_train": 2}, pipe)["new_images"] == 6
+    room[0] = 0  # what is there already needs no more
+    assert len(jobs.plan_of(p | {"n_train": 2}, pipe).prompts) == 6
 
 
 # --- in one process, as in a notebook -----------------------------------------------------------

@@ -46,7 +46,8 @@ def generate(pipe, prompts, seeds, **sampling) -> np.ndarray:
     images = np.asarray(made.images).astype(np.float32, copy=False)
     if not np.isfinite(images).all():
         check_weights(pipe)
-        refuse("dtype", str(pipe.dtype), "a wider one; images come out with NaN or infinity")
+        valid = "a wider one, or guidance and edits weaker; images hold NaN or infinity"
+        refuse("dtype", str(pipe.dtype).removeprefix("torch."), valid)
     return images
 
 

@@ -24,6 +24,7 @@ from helpers.run.folder import load_model
 from helpers.run.jobs import one_each, plan_of
 from helpers.run.parameters import parameters_for
 from helpers.store.plan import SPLITS
+from helpers.training.loop import TrainConfig
 from helpers.trajectories import refuse_absent, shapes
 
 
@@ -91,8 +92,8 @@ def estimate(name: str, pipe=None, tflops: float = 60.0) -> dict[str, float]:
     precision = choose_dtype(p["dtype"], torch.float16)
     shrink = precision.itemsize / next(denoiser_of(pipe).parameters()).element_size()
     rows, columns, channels = found[taps[0]]
-    d_in, m, batch = len(plan.steps) * channels, training["n_latents"], training["sae_batch_size"]
-    sae, codes = (2 * d_in + 1) * m * 4, batch * (m + 6 * d_in) * 4 // training["accumulate"]
+    d_in, c = len(plan.steps) * channels, TrainConfig.of(training)
+    sae = (2 * d_in + 1) * c.n_latents * 4
     return {
         "images": n_images,
         "numbers a trajectory": d_in,
@@ -102,9 +103,8 @@ def estimate(name: str, pipe=None, tflops: float = 60.0) -> dict[str, float]:
         "collecting hours": flops * n_images / rate,
         "collecting GPU memory, B": int((weights + peak * p["batch_size"]) * shrink),
         # the hand-written step, twice the product of encoding
-        "training hours": 4 * d_in * m * training["n_updates"] * batch / rate,
-        # weights, gradient and Adam's two moments; codes, and six copies of the batch
-        "training GPU memory, B": 4 * sae + codes,
+        "training hours": 4 * d_in * c.n_latents * c.n_updates * c.batch_size / rate,
+        "training GPU memory, B": c.memory(d_in),
         "SAE on disk, B": sae,
         "checkpoint on disk, B": 3 * sae,
         "moments on disk, B": 2 * 2 * len(plan.steps) * channels**2 * 8,

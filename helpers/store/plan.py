@@ -120,6 +120,8 @@ class Plan:
         taps, prompt = list(self.taps.values()), self.prompts[0]
         found = shapes(pipe, taps, prompt, **self.sampling)
         refuse_absent(pipe, taps, found, prompt, **self.sampling)
+        for rows, columns, _ in found.values():
+            in_range("tokens_per_image", self.tokens_per_image, 0, rows * columns)
         return found
 
     def check(self, pipe) -> dict[Path, dict]:
@@ -127,6 +129,7 @@ class Plan:
 
         ValueError for what this pipeline does not have, or a folder begun with other settings.
         """
+        warn_of_long(pipe, self.prompts, self.sampling)
         found = self.shapes(pipe)
         times = times_of(pipe.scheduler, self.steps)
         # what must be the same for another image to be added to a folder
@@ -142,12 +145,10 @@ class Plan:
         records = {}
         for folder, tap in self.taps.items():
             rows, columns, channels = found[tap]
-            in_range("tokens_per_image", self.tokens_per_image, 0, rows * columns)
             settings = common | tap._asdict()
             refuse_other_settings(folder, settings)
             records[folder] = settings | times | {"grid": [rows, columns], "channels": channels}
         self.check_folders()
-        warn_of_long(pipe, self.prompts, self.sampling)
         return records
 
     def check_folders(self) -> None:
