@@ -174,7 +174,8 @@ def shapes(pipe, taps, prompt: str, **sampling) -> dict:
         try:
             generate(pipe, [prompt], [0], **sampling)
         except (AttributeError, LookupError, RuntimeError, TypeError) as error:
-            valid = f"what {type(pipe).__name__} takes ({str(error).splitlines()[0]:.200})"
+            why = (str(error) or type(error).__name__).splitlines()[0][:200]
+            valid = f"what {type(pipe).__name__} takes ({why})"
             refuse("what the pipeline is called with", sampling, valid)
     return found
 

@@ -102,6 +102,10 @@ def test_a_plan_that_cannot_be_is_named(changes, named):
         ({"tokens_per_image": -1}, "tokens_per_image is -1"),
         ({"sampling": SAMPLING | {"clip_skp": 1}}, "clip_skp"),
         ({"sampling": SAMPLING | {"height": 16}}, "width"),
+        (
+            {"sampling": SAMPLING | {"clip_skip": 9}},
+            "called with is .*'clip_skip': 9.*Pipeline takes",
+        ),
     ],
 )
 def test_what_a_pipeline_does_not_have_is_named_before_anything_is_written(

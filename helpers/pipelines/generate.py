@@ -109,8 +109,8 @@ def _exchangeable(pipe) -> list[str]:
 def warn_of_long(pipe, prompts, sampling: dict) -> None:
     """Warn, once and in one line, of prompts that each of the pipeline's tokenizers cuts."""
     taken = inspect.signature(pipe.__call__).parameters
-    asked = getattr(taken.get("max_sequence_length"), "default", math.inf)
-    asked, most = sampling.get("max_sequence_length", asked), 0
+    default = getattr(taken.get("max_sequence_length"), "default", None)
+    asked, most = sampling.get("max_sequence_length", default) or math.inf, 0
     tokenizers = [t for t in pipe.components.values() if hasattr(t, "model_max_length")]
     cut = range(len(prompts)) if tokenizers else ()
     for t in tokenizers:
@@ -120,11 +120,9 @@ def warn_of_long(pipe, prompts, sampling: dict) -> None:
         cut = [i for i in cut if len(t(prompts[i], verbose=False).input_ids) > limit]
         most = max(most, limit)
     if cut:
-        some = ", ".join(f"{i} ({prompts[i][:40]!r}…)" for i in cut[:3])
-        which = (
-            f"{len(cut)} of {len(prompts)} prompts are cut after {most} tokens, all that is read"
-        )
-        warnings.warn(f"{which}: number {some}{', …' * (len(cut) > 3)}", stacklevel=3)
+        some = ", ".join(f"{i} ({prompts[i][:40]!r}…)" for i in cut[:3]) + ", …" * (len(cut) > 3)
+        which = f"{len(cut)} of {len(prompts)} prompts are cut after {most} tokens: number {some}"
+        warnings.warn(which, stacklevel=3)
         for handler in logging.getLogger("diffusers").handlers:  # it would say so for each batch
             handler.addFilter(_not_of_cut_prompts)
 

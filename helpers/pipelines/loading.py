@@ -28,7 +28,6 @@ def load_pipeline(model: str | Path, device: str = "auto", dtype: str = "auto", 
         refuse("model", str(model), f"a folder or hub name with safetensors weights ({reason})")
     pipe.set_progress_bar_config(disable=True)
     pipe.to(device)
-    denoiser_of(pipe)
     check_weights(pipe, str(model))
     for part in pipe.components.values() if device == "cpu" else ():
         if isinstance(part, torch.nn.Module) and not any(w.ndim == 5 for w in part.parameters()):
@@ -51,10 +50,12 @@ def _from_pretrained(model, precision: torch.dtype, revision: str | None):
         enable_progress_bars()
     options = {"dtype": precision, "use_safetensors": True, "revision": revision}
     listed = DiffusionPipeline.load_config(model, revision=revision)
-    parts = [k for k, v in listed.items() if isinstance(v, list) and v[0] and k != "safety_checker"]
-    lacking = [k for k in parts if Path(model).is_dir() and not (Path(model) / k).is_dir()]
-    if lacking or not {"unet", "transformer"} & {*parts}:
-        raise ValueError(f"it has no {' and no '.join(lacking) or '`unet` and no `transformer`'}")
+    parts = {k for k, v in listed.items() if isinstance(v, list) and v and isinstance(v[0], str)}
+    there = {k for k in parts if not Path(model).is_dir() or (Path(model) / k).is_dir()}
+    if lacking := sorted(parts - there - {"safety_checker"}):
+        raise ValueError(f"it has no {', '.join(lacking)}")
+    if not parts & {"unet", "transformer"}:
+        raise ValueError(f"it has no unet and no transformer, but {', '.join(sorted(parts))}")
     if "safety_checker" in listed:
         # it would blacken images that research needs to see
         options |= {"safety_checker": None, "requires_safety_checker": False}

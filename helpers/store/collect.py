@@ -22,7 +22,6 @@ from tqdm.auto import tqdm
 
 from helpers.checks import in_range, refuse
 from helpers.files import digest, in_units, load_tensors, save_json, save_tensors, save_text
-from helpers.pipelines.loading import check_weights
 from helpers.store.plan import Plan, load_record, shard_path
 from helpers.trajectories import record_all
 
@@ -178,7 +177,6 @@ def _record(folders: list[_Folder], pipe, todo: list[int], own: range, silent: b
             )
             for tap, h in zip(taps, activations):
                 if not torch.isfinite(h).all():
-                    check_weights(pipe)
                     valid = f"a wider one; {tap.hookpoint} gives NaN or infinity in it"
                     refuse("dtype", h.dtype, valid)
                 if not torch.isfinite(h.to(plan.store_dtype)).all():
