@@ -106,7 +106,7 @@ def _exchangeable(pipe) -> list[str]:
     return names
 
 
-def warn_of_long(pipe, prompts, sampling: dict) -> None:
+def warn_of_long(pipe, prompts, sampling: dict, silent=False) -> None:
     """Warn, once and in one line, of prompts that each of the pipeline's tokenizers cuts."""
     taken = inspect.signature(pipe.__call__).parameters
     default = getattr(taken.get("max_sequence_length"), "default", None)
@@ -122,7 +122,8 @@ def warn_of_long(pipe, prompts, sampling: dict) -> None:
     if cut:
         some = ", ".join(f"{i} ({prompts[i][:40]!r}…)" for i in cut[:3]) + ", …" * (len(cut) > 3)
         which = f"{len(cut)} of {len(prompts)} prompts are cut after {most} tokens: number {some}"
-        warnings.warn(which, stacklevel=3)
+        if not silent:
+            warnings.warn(which, stacklevel=3)
         for handler in logging.getLogger("diffusers").handlers:  # it would say so for each batch
             handler.addFilter(_not_of_cut_prompts)
 

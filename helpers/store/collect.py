@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from helpers.checks import in_range, refuse
 from helpers.files import digest, in_units, load_tensors, save_json, save_tensors, save_text
+from helpers.pipelines.generate import warn_of_long
 from helpers.store.plan import Plan, load_record, shard_path
 from helpers.trajectories import record_all
 
@@ -36,6 +37,8 @@ def collect(plan: Plan, pipe, *, accelerator=None, share=(0, 1), only_check=Fals
     index, parts = share
     in_range("num_shards", parts, 1)
     in_range("shard_index", index, 0, parts - 1)
+    is_main = accelerator is None or accelerator.is_main_process
+    warn_of_long(pipe, plan.prompts, plan.sampling, silent=not is_main)
     folders = [_Folder(path, record, plan) for path, record in plan.check(pipe).items()]
     if accelerator is not None:
         index = index * accelerator.num_processes + accelerator.process_index
@@ -52,7 +55,6 @@ def collect(plan: Plan, pipe, *, accelerator=None, share=(0, 1), only_check=Fals
         check_room(folders[0].path, need, plan.n_images(lacking))
     if only_check:
         return {"new_images": 0, "new_seconds": 0.0, "missing_images": plan.n_images(lacking)}
-    is_main = accelerator is None or accelerator.is_main_process
     wait = accelerator.wait_for_everyone if accelerator else lambda: None
     wait()  # all have looked at the disk before any of them writes
     start = time.perf_counter()

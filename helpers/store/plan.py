@@ -19,7 +19,6 @@ import torch
 from helpers.checks import DTYPES, in_range, one_of, refuse
 from helpers.files import check_writable, load_json
 from helpers.pipelines.calls import BRANCHES
-from helpers.pipelines.generate import warn_of_long
 from helpers.pipelines.loading import denoiser_of
 from helpers.trajectories import Tap, bytes_per_image, refuse_absent, shapes, times_of
 
@@ -129,7 +128,6 @@ class Plan:
 
         ValueError for what this pipeline does not have, or a folder begun with other settings.
         """
-        warn_of_long(pipe, self.prompts, self.sampling)
         found = self.shapes(pipe)
         times = times_of(pipe.scheduler, self.steps)
         # what must be the same for another image to be added to a folder
