@@ -38,7 +38,7 @@ def crossing(evidence, steps, share: float = 0.5) -> np.ndarray:
 
 
 def lasting_from(holds: np.ndarray, steps) -> np.ndarray:
-    """The first of `steps` (S,) from which on `holds`, bool (S, n), stays true: float (n,), or NaN."""
+    """The first of `steps` (S,) from which on `holds`, bool (S, n), stays true, or NaN: (n,)."""
     lasting = np.logical_and.accumulate(holds[::-1])[::-1]
     return np.where(lasting.any(0), np.asarray(steps, float)[lasting.argmax(0)], np.nan)
 
