@@ -116,8 +116,9 @@ class Experiment:
     branch: str = "conditional"  # of guidance, that is steered, or 'both'
     batch_size: int = 20  # images made at once
     natural: Natural | None = None  # by which the distance of edited tokens is measured
-    codes: dict[tuple, torch.Tensor] = field(default_factory=dict)  # (target, name), for 'clamp':
-    # of the pool's tokens along a direction, (image, token); 1 has the direction's length
+    # (target, name) -> codes of the pool's tokens, (image, token), in units of the direction's
+    # length: what 'clamp' goes by
+    codes: dict[tuple, torch.Tensor] = field(default_factory=dict)
     made: dict[tuple, np.ndarray] = field(default_factory=dict)  # (push, of the pool) -> image
     distances: dict[tuple, float] = field(default_factory=dict)  # of the same, see `distance`
     n_made: int = 0  # images generated so far, the pool's among them
@@ -131,7 +132,7 @@ class Experiment:
         """Generate the images of the pool that each push is wanted for, unless they are there."""
         tasks = [(push, i) for push, picks in wanted.items() for i in picks]
         tasks = [task for task in dict.fromkeys(tasks) if task not in self.made]
-        tasks.sort(key=lambda task: self._first(task[0]))  # what batches replay is then the most
+        tasks.sort(key=lambda task: self._first(task[0]))  # batches replay more then
         starts = range(0, len(tasks), self.batch_size)
         quiet = len(starts) < 2 or None  # None: shown in notebooks and terminals
         for start in tqdm(starts, "steered images", leave=False, disable=quiet):
@@ -207,7 +208,7 @@ class Experiment:
         if one_of("way", push.way, WAYS) == "clamp":
             if (key := (push.target, push.direction)) not in self.codes:
                 refuse("direction", key, "one whose codes are given, to be clamped")
-            delta = steering.at_every_step(self.coordinates.scale[:, None] * u, *self.steps)
+            delta = steering.at_every_step(self.coordinates.scale[:, None].to(u) * u, *self.steps)
         else:
             delta = steering.addition(u, self.coordinates, *self.steps, push.strength)
         if push.window is not None:
