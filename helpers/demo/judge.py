@@ -192,5 +192,4 @@ def model_card(parameters: dict, seconds: dict[str, float], size: int, found: di
         aims=aims_table(found["aims"]),
         chance=quality_table(chance),
         missed=", ".join(missed) or "none",
-        going_on=" after an earlier run's" if parameters["start_from"] else "",
     )

@@ -19,6 +19,7 @@ from sklearn.preprocessing import StandardScaler
 from helpers.demo import judge, reader, world
 from helpers.demo.reader import Found, Reading
 from helpers.measure import metrics
+from helpers.measure.timing import lasting_from
 from helpers.pipelines.generate import switch_prompts
 
 _PLACES = world.silhouette("circle", *np.transpose([*world.POSITIONS.values()]), [8.0] * 9, [0] * 9)
@@ -55,8 +56,7 @@ def foreseen(pipe, prompts, seeds, images, sampling: dict, batch_size=50) -> dic
 
 def first_step(probability: np.ndarray, level: float = 0.8) -> np.ndarray:
     """First step from which on (step, thing) is at least `level`, float, (thing,); NaN: never."""
-    lasting = np.logical_and.accumulate(probability[::-1] >= level)[::-1]
-    return np.where(lasting.any(0), lasting.argmax(0), np.nan)
+    return lasting_from(probability >= level, range(len(probability)))
 
 
 def probe(x: np.ndarray, y: np.ndarray, image: np.ndarray) -> np.ndarray:

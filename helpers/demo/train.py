@@ -104,20 +104,15 @@ def train_denoiser(
     checkpoint,
     *,
     drop_caption=0.1,
-    layout_from=1600,
-    start=None,
 ) -> tuple[np.ndarray, float]:
     """Train text encoder and U-Net to predict the noise in `latents`, (n, 4, 16, 16), scaled.
 
     Captions are as `cache_latents` gives them. A share `drop_caption` of them is replaced by the
     empty one, for classifier-free guidance. The error at a timestep of signal-to-noise ratio SNR is
-    weighted by min(SNR + floor, 5) / SNR: Min-SNR-5 (Hang et al. 2023, arXiv:2303.09556) with a
-    floor, without which the layout, decided at SNR < 0.1, is hardly learnt. The floor is 0.1, and 1
-    from step `layout_from` on. With `start`, the checkpoint of an earlier training, its weights are
-    gone on from. Returns what `train` returns.
+    weighted by min(SNR + 1, 5) / SNR: Min-SNR-5 (Hang et al. 2023, arXiv:2303.09556) with a floor,
+    without which the layout, decided at SNR < 0.1, is hardly learnt. Returns what `train` returns.
     """
     in_range("drop_caption", drop_caption, 0, 1)
-    in_range("layout_from", layout_from, 0)
     if not captions or len(captions) % len(latents):
         refuse("number of captions", len(captions), f"a multiple of {len(latents)}, the latents'")
     unet, text_encoder = pipe.unet.train(), pipe.text_encoder.train()
@@ -125,7 +120,7 @@ def train_denoiser(
     ids = pipe.tokenizer([*captions, ""], return_tensors="pt", **padding).input_ids
     alphas = pipe.scheduler.alphas_cumprod
     snr = alphas / (1 - alphas)
-    weights = [(snr + floor).clamp(max=5) / snr for floor in (0.1, 1.0)]
+    weights = (snr + 1).clamp(max=5) / snr
     device, n = unet.device, schedule.batch_size
 
     def loss_of(step):
@@ -139,13 +134,9 @@ def train_denoiser(
         with _autocast(device):
             predicted = unet(noisy.to(device), timesteps.to(device), context).sample
         error = (predicted.float() - noise.to(device)).pow(2).mean((1, 2, 3))
-        return (weights[step >= layout_from][timesteps].to(device) * error).mean()
+        return (weights[timesteps].to(device) * error).mean()
 
     network = ModuleList([text_encoder, unet])
-    if start:
-        earlier = load_tensors(start)[0]
-        for name, weight in network.named_parameters():
-            weight.data.copy_(earlier[f"weight.{name}"])
     result = train(network, loss_of, schedule, checkpoint, every=250, ema_decay=0.999)
     network.eval()
     return result

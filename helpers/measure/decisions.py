@@ -12,7 +12,7 @@ from scipy.stats import rankdata
 
 from helpers.measure import metrics
 from helpers.measure.labels import Labels
-from helpers.measure.timing import crossing
+from helpers.measure.timing import crossing, lasting_from
 
 
 def attributes_of(names: list[str]) -> dict[str, list[int]]:
@@ -83,16 +83,14 @@ def right_from(x: np.ndarray, labels: Labels, on: np.ndarray, on_labels: Labels,
 
     given, asked, out = own_label(labels), own_label(on_labels), {}
     for attribute, truth in asked.items():
-        right = np.zeros((len(on), len(steps)), bool)
+        right = np.zeros((len(steps), len(on)), bool)
         value = given.get(attribute, np.full(len(x), -1))
         known = value >= 0
         if len(set(value[known])) > 1:
             for s in range(len(steps)):
                 probe = LogisticRegression(C=0.1, max_iter=1000).fit(x[known, s], value[known])
-                right[:, s] = probe.predict(on[:, s]) == truth
-        lasting = np.logical_and.accumulate(right[:, ::-1], axis=1)[:, ::-1]
-        first = np.asarray(steps, float)[lasting.argmax(1)]
-        out[attribute] = np.where(lasting.any(1), first, np.nan)
+                right[s] = probe.predict(on[:, s]) == truth
+        out[attribute] = lasting_from(right, steps)
     return out
 
 

@@ -37,6 +37,12 @@ def crossing(evidence, steps, share: float = 0.5) -> np.ndarray:
     return np.where(so_far[..., -1] > 0, found[..., 0], np.nan)
 
 
+def lasting_from(holds: np.ndarray, steps) -> np.ndarray:
+    """The first of `steps` (S,) from which on `holds`, bool (S, n), stays true, or NaN: (n,)."""
+    lasting = np.logical_and.accumulate(holds[::-1])[::-1]
+    return np.where(lasting.any(0), np.asarray(steps, float)[lasting.argmax(0)], np.nan)
+
+
 def peak_share(evidence) -> np.ndarray:
     """Share of positive evidence (…, S) that comes from its largest step; NaN where none is."""
     positive = np.maximum(evidence, 0)

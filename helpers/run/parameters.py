@@ -15,7 +15,7 @@ NOTEBOOKS = ROOT / "notebooks"
 
 AT_LEAST_ZERO = (
     *("height", "width", "tokens_per_image", "steps", "guidance_scale", "one_step_factor"),
-    *("ridge_strengths", "layout_from", "n_timed"),
+    *("ridge_strengths", "n_timed"),
 )
 RULES = {  # parameter -> what refuses a bad value of it, or a bad entry if it is a list
     **dict.fromkeys(AT_LEAST_ZERO, partial(in_range, low=0)),
@@ -32,7 +32,8 @@ RULES = {  # parameter -> what refuses a bad value of it, or a bad entry if it i
     "store_dtype": partial(one_of, valid=tuple(DTYPES)),
     "device": lambda name, value: choose_device(value),
 }
-ANY_OTHER_COUNT = partial(in_range, low=1)  # the rule of whole numbers that have none of their own
+# the rule of whole numbers that have none of their own
+ANY_OTHER_COUNT = partial(in_range, low=1, high=10**12)
 NEVER_EMPTY = ("strengths", "hookpoint", "model", "prompts")
 
 KINDS = {  # type as written -> whether a value is of it, in words
