@@ -35,6 +35,13 @@ def positive(name: str, value):
     return value
 
 
+def finite(name: str, values: torch.Tensor) -> torch.Tensor:
+    """The tensor, if it holds no NaN or infinity; else ValueError names the first."""
+    if not torch.isfinite(values).all():
+        refuse(name, float(values[~torch.isfinite(values)][0]), "finite everywhere")
+    return values
+
+
 def one_of(name: str, value, valid: Iterable):
     """The value, if it is one of `valid`; else ValueError lists them."""
     valid = list(valid)

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from helpers import coordinates as _coordinates
+from helpers.checks import refuse
 from helpers.coders.conditioned import Conditioned
 from helpers.coders.itda import Pursuit
 from helpers.coders.per_step import PerStep
@@ -78,6 +79,7 @@ class Dictionary(torch.nn.Module):
         the threshold. ValueError for a coder that is not linear up to there.
         """
         W, S = getattr(self.coder, "W_enc", None), self.coordinates.n_steps
+        self.check(latents)
         if W is None:
             raise ValueError(f"{self.name}: codes that are no sums over steps have no evidence")
         y = self.coordinates.residualize(x).reshape(*x.shape[:-2], -1, self.coder.d_in)
@@ -104,12 +106,19 @@ class Dictionary(torch.nn.Module):
 
     def directions(self, latents=slice(None)) -> torch.Tensor:
         """Feature trajectories u, (…, S, d), of latents (index, list or slice): what a 1 adds."""
+        self.check(latents)
         W, n = self.coder.W_dec, self.coder.n_latents
         latents = torch.arange(self.n_latents, device=W.device)[latents]
         rows = W.new_zeros(latents.numel(), self.n_blocks, self.coder.d_in)
         rows[torch.arange(len(rows)), latents.flatten() // n] = W[latents.flatten() % n]
         u = self.coordinates.feature_trajectories(rows.flatten(1))
         return u.view(*latents.shape, *u.shape[1:])
+
+    def check(self, latents) -> None:
+        """ValueError for a latent (of an index, list or slice) that there is not."""
+        for latent in [] if isinstance(latents, slice) else torch.as_tensor(latents).unique():
+            if not 0 <= latent < self.n_latents:
+                refuse("latent", latent.item(), f"from 0 to {self.n_latents - 1}")
 
     def cost(self, z: torch.Tensor) -> torch.Tensor:
         """Numbers that a trajectory takes, int (…,): its codes (…, n_latents) that are not zero."""

@@ -66,6 +66,14 @@ def test_directions_are_what_codes_add(made):
     assert torch.equal(found.directions(5), u[5]) and found.directions(5).shape == (S, D)
 
 
+@pytest.mark.parametrize("latents", [8, -1, [0, 8], torch.tensor([9, 1])])
+def test_a_latent_that_there_is_not_is_refused(latents):
+    found = Dictionary("d", coordinates.raw(some_predictors()), SAE(12, 8, 2))
+    for ask in (found.directions, lambda latents: found.evidence(torch.zeros(1, 3, 4), latents)):
+        with pytest.raises(ValueError, match=r"latent is (8|9|-1); it must be from 0 to 7"):
+            ask(latents)
+
+
 @pytest.mark.parametrize("made", [concat, one_step, lambda: dictionary.neurons(some_predictors())])
 def test_evidence_of_the_steps_adds_up_to_what_is_held_against_the_threshold(made):
     found, x = made(), trajectories(4, 5)

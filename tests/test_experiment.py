@@ -11,8 +11,9 @@ from helpers.hooks import Tap
 from helpers.measure import experiment
 from helpers.measure.experiment import Pool, Push
 from helpers.measure.labels import Labels
+from helpers.measure.natural import Natural
 from helpers.measure.words import Words
-from helpers.pipelines.generate import generate
+from helpers.moments import accumulate
 
 STORE = SimpleNamespace(tap=Tap(TOKENS), steps=[0, 2], grid=(4, 4), sampling=SAMPLING)
 SEEDS = [3, 4, 5, 6]
@@ -50,12 +51,6 @@ def by_hand(lab, push, i):
     return steering.steer(*where, delta, mask=mask, window=push.window, **SAMPLING)[0]
 
 
-def test_a_pool_is_generated_and_recorded(pipe, prompts, pool):
-    plain = generate(pipe, prompts[:4], SEEDS, **SAMPLING)
-    np.testing.assert_allclose(pool.images, plain, atol=1e-5)
-    assert pool.h.shape == (4, 2, 16, 32)
-
-
 def test_images_of_one_batch_are_each_steered_their_own_way(lab):
     pushes = [
         Push("a", "one", 2.0),
@@ -68,6 +63,103 @@ def test_images_of_one_batch_are_each_steered_their_own_way(lab):
         for image, i in zip(lab.images(push, [1, 3]), (1, 3)):
             np.testing.assert_allclose(image, by_hand(lab, push, i), atol=1e-5)
             assert abs(image - lab.pool.images[i]).max() > 1e-4
+
+
+def test_one_batch_steers_in_all_ways(lab, residual):
+    """Each image as if it were alone, by a plain call of `steer`."""
+    lab.codes["a", "one"] = codes = torch.rand(4, 16, generator=torch.Generator().manual_seed(1))
+    pushes = [Push("a", "one", 3.0, way=way) for way in experiment.WAYS]
+    lab.make({push: [1] for push in pushes})
+    added, clamped, kept = (lab.images(push, [1])[0] for push in pushes)
+    np.testing.assert_allclose(added, by_hand(lab, pushes[0], 1), atol=1e-5)
+    where = (lab.pipe, [lab.pool.prompts[1]], [SEEDS[1]], STORE.tap)
+    mask = torch.from_numpy(lab.weights["a"][1]).float()
+    u = lab.directions["a", "one"]
+    delta = steering.setting(codes[[1]], u, residual, [0, 2], 3, 3.0)
+    image = steering.steer(*where, delta, mask=mask, **SAMPLING)[0]
+    np.testing.assert_allclose(clamped, image, atol=1e-4)
+    delta, centre = lab.addition(pushes[2]), steering.at_every_step(residual.mu, [0, 2], 3)
+    settings = {"mask": mask, "keep_norm": True, "centre": centre}
+    image = steering.steer(*where, delta, **settings, **SAMPLING)[0]
+    np.testing.assert_allclose(kept, image, atol=1e-4)
+    pairs = [(added, clamped), (added, kept), (clamped, kept)]
+    assert min(abs(a - b).max() for a, b in pairs) > 1e-3
+
+
+def test_a_latent_is_clamped_to_multiples_of_its_natural_code(lab, residual):
+    dense = dictionary.Dictionary("d", residual, sae.SAE(64, 5, 2))
+    push = lab.latent_push("b", dense, 3, 2.0, way="clamp", natural=0.5, name="mine")
+    assert push == Push("b", "mine", 2.0, way="clamp")
+    z = experiment.codes_of(dense, 3, lab.pool.h)
+    x = residual.standardise(lab.pool.h.transpose(1, 2))
+    torch.testing.assert_close(z, dense.codes(x)[..., 3])
+    delta = steering.setting(z[[1]], dense.directions(3), residual, [0, 2], 3, 2.0 * 0.5)
+    where = (lab.pipe, [lab.pool.prompts[1]], [SEEDS[1]], STORE.tap)
+    image = steering.steer(*where, delta, **SAMPLING)[0]
+    np.testing.assert_allclose(lab.images(push, [1])[0], image, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "changes, named",
+    [
+        ({"way": "set"}, "way is 'set'.*'add', 'clamp', 'keep norm'"),
+        ({"way": "clamp"}, r"direction is \('a', 'one'\).*codes are given"),
+        ({"window": (0, 3)}, r"windows is \(0, 3\)"),
+    ],
+)
+def test_a_push_that_cannot_be_made_is_named(lab, changes, named):
+    with pytest.raises(ValueError, match=named):
+        lab.images(replace(Push("a", "one", 2.0), **changes), [0])
+
+
+@pytest.fixture
+def calls(pipe):
+    """A list that grows with every call of the denoiser that reaches its last layer."""
+    made = []
+    handle = pipe.unet.conv_out.register_forward_hook(lambda *_: made.append(1))
+    yield made
+    handle.remove()
+
+
+def test_late_windows_cost_only_their_own_steps(lab, calls):
+    late = [Push("a", "one", 50.0, window=(2, 2)), Push("b", "one", 50.0, window=(2, 2))]
+    early = Push("a", "one", 3.0)
+    # in batches of three, the one image from the first step on is made with two others
+    lab.make({late[0]: [0, 1, 2], early: [3], late[1]: [1, 2]})
+    assert len(calls) == 3 + 1
+    made = dict(lab.made)
+    without = replace(lab, pool=replace(lab.pool, outputs=None), made={}, distances={})
+    for push, i in made:
+        image = without.images(push, [i])[0]
+        np.testing.assert_allclose(made[push, i], image, atol=1e-5)
+        assert abs(image - lab.pool.images[i]).max() > 1e-4
+    assert len(calls) == 4 + 6 * 3
+
+
+def test_the_distance_of_edited_tokens_is_the_largest_of_its_steps(lab, residual):
+    h = lab.pool.h
+    sums = accumulate([h])
+    natural = Natural.fit(sums, sums, [h])
+    lab = replace(lab, natural=natural, made={}, distances={})
+    weak, strong, late = (
+        Push("a", "one", 1e-9),
+        Push("a", "one", 8.0),
+        Push("a", "one", 8.0, window=(2, 2)),
+    )
+    lab.make({push: [1, 2] for push in (weak, strong, late)})
+    each = torch.stack([natural.distance(h[:, s], s) / natural.limits[s] for s in (0, 1)])
+    weights = torch.from_numpy(lab.weights["a"])
+    plain = (each * weights).sum(-1) / weights.sum(-1)
+    np.testing.assert_allclose(lab.distance(weak, [1, 2]), plain.amax(0)[[1, 2]], rtol=1e-3)
+    edited = h[:, 1] + weights[..., None] * lab.addition(late)[2]
+    expected = ((natural.distance(edited.float(), 1) / natural.limits[1]) * weights).sum(-1)
+    expected = (expected / weights.sum(-1))[[1, 2]]
+    np.testing.assert_allclose(lab.distance(late, [1, 2]), expected, rtol=1e-3)
+    assert (lab.distance(strong, [1, 2]) > lab.distance(weak, [1, 2])).all()
+    nowhere = replace(lab, weights={"a": np.zeros((4, 16))}, made={}, distances={})
+    assert np.isnan(nowhere.distance(strong, [0])).all()
+    unknown = replace(lab, natural=None, made={}, distances={})
+    assert np.isnan(unknown.distance(strong, [0])).all()
 
 
 def test_nothing_is_made_twice(lab, monkeypatch):
@@ -218,5 +310,7 @@ def test_the_region_of_a_feature_is_where_its_latent_is_active(residual, pool):
     dense.calibrate(x.flatten(0, 1))
     y = residual.residualize(x)
     expected = y @ dense.coder.W_enc[:, 3] > dense.coder.threshold[3]  # the biases are still zero
+    with pytest.raises(ValueError, match="latent is 5.*from 0 to 4"):
+        experiment.where_active(dense, 5, pool.h)
     region = experiment.where_active(dense, 3, pool.h)
     assert np.array_equal(region, expected.numpy()) and 0 < region.mean() < 1

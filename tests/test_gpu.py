@@ -17,6 +17,7 @@ import torch
 from helpers import moments, steering
 from helpers.files import save_json
 from helpers.pipelines.generate import generate
+from helpers.pipelines.replay import record_outputs, replay
 from helpers.run.folder import load_model
 from helpers.run.parameters import ROOT, analysis_notebooks, parameters_of
 from helpers.store.collect import collect
@@ -228,6 +229,28 @@ def test_steering_is_that_of_the_cpu(device, measured):
     note(measured, device, "steered images, float32", images=apart(made[device], made["cpu"]))
     assert apart(made[device], made["cpu"]) < 5e-3
     assert apart(made["cpu"], plain) > 0.01
+
+
+def test_an_edit_of_the_last_step_replays_those_before(device, measured):
+    size = SIZES[device]
+    n, T = min(size["images"], 4), size["sampling"]["num_inference_steps"]
+    pipe = load_model("demo", device, "float32")
+    channels, _ = shape_of(pipe, size["sampling"])
+    delta, where = torch.ones(T, channels), (pipe, prompts(n), range(n), TAP)
+    late = {"window": (T - 1, T - 1)} | size["sampling"]
+    with record_outputs(pipe.unet, pipe.scheduler, n) as outputs:
+        generate(pipe, prompts(n), range(n), **size["sampling"])
+
+    def replayed():
+        with replay(pipe.unet, pipe.scheduler, outputs, T - 1, list(range(n))):
+            return steering.steer(*where, delta, **late)
+
+    difference = apart(replayed(), steering.steer(*where, delta, **late))
+    rounds = size["rounds"], device
+    whole = np.median(seconds(lambda: steering.steer(*where, delta, **late), *rounds))
+    share = float(np.median(seconds(replayed, *rounds)) / whole)
+    note(measured, device, "replay up to the last step", images=difference, time_share=share)
+    assert difference < 1e-6
 
 
 def shape_of(pipe, sampling):

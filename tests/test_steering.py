@@ -3,7 +3,7 @@ import pytest
 import torch
 from conftest import GRID, SAMPLING, TOKENS, TUPLE, built, hooks_on, some_predictors
 
-from helpers import coordinates, steering, trajectories
+from helpers import coordinates, dictionary, steering, trajectories
 from helpers.hooks import Tap
 from helpers.pipelines.generate import generate
 
@@ -107,6 +107,58 @@ def test_scaling_adds_a_multiple_of_what_the_image_has(factor, times):
     torch.testing.assert_close(both, 3 * change)
 
 
+@pytest.mark.parametrize("value", [1.5, torch.tensor([1.0, -2.0])])
+def test_setting_brings_the_codes_of_a_linear_coder_to_the_value(value):
+    p = residual(3, 4)
+    rows = torch.linalg.qr(torch.randn(12, 2, generator=torch.Generator().manual_seed(0)))[0].T
+    linear = dictionary.Dictionary("rows", p, dictionary.Projection(rows))
+    h = torch.randn(2, 3, 5, 4)  # (image, step, token, channel)
+    codes = linear.codes(p.standardise(h.transpose(1, 2)))
+    change = steering.setting(codes, linear.directions(), p, [0, 1, 2], 3, value)
+    after = linear.codes(p.standardise((h + change.transpose(0, 1)).transpose(1, 2)))
+    torch.testing.assert_close(after, torch.as_tensor(value).expand(2, 5, 2), rtol=1e-4, atol=1e-4)
+    one = steering.setting(codes[..., 0], linear.directions(0), p, [0, 1, 2], 3, 1.5)
+    after = linear.codes(p.standardise((h + one.transpose(0, 1)).transpose(1, 2)))
+    torch.testing.assert_close(after[..., 0], torch.full((2, 5), 1.5), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(after[..., 1], codes[..., 1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_shuffled_steps_are_the_same_ones_none_at_its_place(seed):
+    u = torch.randn(5, 4)
+    control = steering.shuffled_steps(u, seed)
+    assert torch.equal(control, steering.shuffled_steps(u, seed))
+    assert (control != u).any(1).all()
+    assert sorted(control.tolist()) == sorted(u.tolist())
+    assert torch.equal(steering.shuffled_steps(u[:2], seed), u[:2].flip(0))
+
+
+def test_one_step_cannot_be_shuffled():
+    with pytest.raises(ValueError, match="steps is 1"):
+        steering.shuffled_steps(torch.ones(1, 4), 0)
+
+
+def test_latents_together_worked_by_hand():
+    us = torch.tensor([[[3.0, 0], [4, 0]], [[0, 1.0], [0, 0]]])  # RMS norms √12.5 and √0.5
+    expected = [[3 / 12.5**0.5, 2**0.5], [4 / 12.5**0.5, 0]]
+    torch.testing.assert_close(steering.together(us), torch.tensor(expected))
+    torch.testing.assert_close(steering.together(7 * us), steering.together(us))
+    torch.testing.assert_close(steering.together(us, [0, 2.0]), 2 * steering.unit(us[1]))
+    with pytest.raises(ValueError, match=r"weights is \(3,\).*2 trajectories"):
+        steering.together(us, [1, 2, 3])
+
+
+def test_a_projection_onto_a_subspace_worked_by_hand():
+    basis = torch.zeros(2, 3, 2)
+    basis[0, 0, 0] = basis[0, 1, 1] = 1  # a plane at the first step
+    basis[1, :, 0] = torch.tensor([0.6, 0.8, 0])  # a line at the second
+    u = torch.tensor([[1.0, 2, 3], [1, 2, 3]])
+    expected = torch.tensor([[1, 2, 0], [0.6 * 2.2, 0.8 * 2.2, 0]])
+    torch.testing.assert_close(steering.onto(u, basis), expected)
+    both = steering.onto(torch.stack([u, -u]), basis)
+    torch.testing.assert_close(both, torch.stack([expected, -expected]))
+
+
 @pytest.mark.parametrize(
     "window", [(-1, 2), (2, 1), (0, 4), (4, 4), [0], [0, 1, 2], 5, [0, 1.5], "01", []]
 )
@@ -128,7 +180,7 @@ HOOKPOINTS = pytest.mark.parametrize("tap", [Tap(TOKENS), Tap(TUPLE), Tap(GRID)]
 def test_adding_nothing_goes_through_the_edit_and_changes_nothing(steer, plain, delta, tap):
     nothing = torch.zeros(N, CHANNELS)
     assert np.array_equal(steer(nothing, tap), plain)
-    assert np.array_equal(steer(delta, tap, mask=torch.zeros(2, N_TOKENS)), plain)
+    assert np.array_equal(steer(delta, tap, mask=torch.zeros(2, N_TOKENS), idle=True), plain)
     np.testing.assert_allclose(steer(nothing + 1e-12, tap), plain, atol=1e-6)
     with pytest.raises(ValueError, match="delta is .*33.*32 channels"):  # so the edit was reached
         steer(torch.zeros(N, CHANNELS + 1), tap)
@@ -227,7 +279,7 @@ def test_without_guidance_there_is_only_the_conditional_branch(steer, delta, pla
     images = {b: steer(delta, branch=b, guidance_scale=1.0) for b in ("conditional", "both")}
     assert np.array_equal(images["conditional"], images["both"])
     assert not np.array_equal(images["both"], plain)
-    with pytest.raises(ValueError, match="branch is 'unconditional'.*be conditional"):
+    with pytest.raises(ValueError, match="branch is 'unconditional'.*be conditional or both"):
         steer(delta, branch="unconditional", guidance_scale=1.0)
 
 
@@ -236,6 +288,45 @@ def test_the_branch_is_the_taps_own_unless_another_is_given(steer, delta):
     own = steer(delta, branch="unconditional")
     assert np.array_equal(steer(delta, tap), own)
     assert not np.array_equal(steer(delta, tap, branch="conditional"), own)
+
+
+@HOOKPOINTS
+def test_keeping_the_norm_turns_tokens_around_the_centre(pipe, prompts, plain, delta, tap):
+    where, steps, heard = (pipe, prompts[:2], SEEDS, tap), [0, 1, 2], {}
+    _, h, _ = trajectories.record(*where, steps, **SAMPLING)
+    centre = torch.randn(N, CHANNELS, generator=torch.Generator().manual_seed(2))
+    mask = torch.linspace(0, 1, N_TOKENS)
+    settings = {"mask": mask, "centre": centre, "window": (0, 0)} | SAMPLING
+
+    def watch(rows, step, images):
+        heard[step] = rows.clone()
+
+    both = steering.steer(*where, delta, keep_norm=True, watch=watch, **settings)
+    off, pushed = h[:, 0] - centre[0], h[:, 0] + mask[:, None] * delta[0] - centre[0]
+    expected = pushed * (off.norm(dim=-1) / pushed.norm(dim=-1))[..., None] + centre[0]
+    torch.testing.assert_close(heard[0], expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close((heard[0] - centre[0]).norm(dim=-1), off.norm(dim=-1))
+    assert torch.equal(heard[0][:, 0], h[:, 0, 0])  # whose weight is 0
+    first = steering.steer(*where, delta, keep_norm=torch.tensor([True, False]), **settings)
+    free = steering.steer(*where, delta, **settings)
+    assert np.array_equal(first[0], both[0]) and np.array_equal(first[1], free[1])
+    assert min(abs(both - free).max((1, 2, 3))) > 1e-3 and abs(both - plain).max() > 1e-3
+
+
+def test_what_watches_hears_each_step_as_the_edit_left_it(pipe, prompts, delta):
+    where, heard = (pipe, prompts[:3], [3, 4, 5], TOKENS), {}
+
+    def watch(rows, step, images):
+        heard[step, images.start] = rows.clone()
+
+    settings = {"window": (1, 1), "batch_size": 2} | SAMPLING
+    steering.steer(*where, delta, branch="both", watch=watch, **settings)
+    assert sorted(heard) == [(step, start) for step in range(N) for start in (0, 2)]
+    _, h, _ = trajectories.record(*where, [0, 1], **SAMPLING)
+    for start in (0, 2):
+        here = h[start : start + 2]
+        torch.testing.assert_close(heard[0, start], here[:, 0], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(heard[1, start], here[:, 1] + delta[1], rtol=1e-4, atol=1e-4)
 
 
 def test_a_hookpoint_that_is_never_called_cannot_be_steered(steer, delta):
@@ -276,13 +367,28 @@ def test_a_masked_token_is_steered_at_its_upright_place(steer, overheard):
         ({"delta": torch.zeros(N + 1, CHANNELS)}, "delta is .*3 steps"),
         ({"window": (0, 3)}, r"windows is \(0, 3\).* 0 to 2"),
         ({"mask": torch.ones(9)}, "mask is .*16 tokens"),
+        ({"mask": torch.ones(9), "window": (2, 2)}, "mask is .*16 tokens"),
+        ({"mask": torch.ones(3, N_TOKENS)}, r"mask is \(3, 16\).*2 images"),
+        ({"mask": torch.zeros(2, N_TOKENS)}, "mask is 0; it must be above 0 at some token"),
+        ({"mask": torch.full((N_TOKENS,), torch.nan)}, "mask is nan; it must be finite"),
+        ({"delta": torch.full((N, CHANNELS), torch.inf)}, "delta is inf; it must be finite"),
+        ({"delta": torch.zeros(N, CHANNELS - 1), "window": (2, 2)}, "delta is .*31.*32 channels"),
+        ({"delta": torch.zeros(N, 1)}, "delta is .*32 channels"),
+        ({"delta": torch.zeros(N, 3, 1, CHANNELS)}, "delta is .*1 or 2 images"),
+        ({"delta": torch.zeros(N, 2, CHANNELS)}, "delta is .*1 or 2 images"),
+        ({"keep_norm": True}, "centre is None"),
+        ({"keep_norm": True, "centre": torch.zeros(N, 31)}, "centre is .*32 channels"),
+        ({"keep_norm": True, "centre": torch.full((N, 32), torch.nan)}, "centre is nan"),
         ({"tap": "nowhere"}, "hookpoint is 'nowhere'"),
     ],
 )
-def test_what_cannot_be_steered_is_named_and_leaves_no_hook(pipe, steer, delta, changes, named):
+def test_what_cannot_be_steered_is_named_at_once(pipe, steer, delta, changes, named):
+    finished = []
+    handle = pipe.unet.register_forward_hook(lambda *_: finished.append(1))
     with pytest.raises(ValueError, match=named):
         steer(**{"delta": delta} | changes)
-    assert hooks_on(pipe.unet) == 0
+    handle.remove()
+    assert not finished and hooks_on(pipe.unet) == 0
 
 
 # --- projecting out -----------------------------------------------------------------------------
@@ -303,6 +409,23 @@ def test_a_projection_worked_by_hand(pipe, prompts, overheard, amount, left):
     component = 0.6 * (before[:, 0] - 0.5) + 0.8 * (before[:, 1] - 0.25)
     moved = (left - 1) * component[:, None] * torch.tensor([0.6, 0.8, 0, 0])[:, None]
     torch.testing.assert_close(after - before, moved, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "changes, named",
+    [
+        ({"v": torch.zeros(N, CHANNELS + 1)}, "direction is .*33.*32 channels"),
+        ({"v": torch.full((N, CHANNELS), torch.nan)}, "direction is nan"),
+        ({"centre": torch.zeros(N, 1)}, "centre is .*32 channels"),
+        ({"centre": torch.zeros(N, 3, CHANNELS)}, "centre is .*1 or 2 images"),
+        ({"mask": torch.zeros(N_TOKENS)}, "mask is 0"),
+    ],
+)
+def test_what_cannot_be_projected_out_is_named(pipe, prompts, changes, named):
+    given = {"v": torch.ones(N, CHANNELS), "centre": torch.zeros(N, CHANNELS)} | changes
+    v, centre = given.pop("v"), given.pop("centre")
+    with pytest.raises(ValueError, match=named):
+        steering.project_out(pipe, prompts[:2], SEEDS, TOKENS, v, centre, **given, **SAMPLING)
 
 
 def test_a_projection_heeds_its_mask_and_each_images_direction(pipe, prompts, plain):
@@ -332,6 +455,18 @@ def test_replacing_activations_by_themselves_changes_nothing(pipe, prompts, plai
     np.testing.assert_allclose(
         steering.replace(*where, h + 1, steps, batch_size=1, **SAMPLING), other, atol=1e-5
     )
+
+
+@pytest.mark.parametrize(
+    "replacement, named",
+    [
+        (torch.zeros(2, 1, N_TOKENS, CHANNELS), "replacement is .*2 images and 2 steps"),
+        (torch.full((2, 2, N_TOKENS, CHANNELS), torch.nan), "replacement is nan"),
+    ],
+)
+def test_a_replacement_that_does_not_fit_is_named(pipe, prompts, replacement, named):
+    with pytest.raises(ValueError, match=named):
+        steering.replace(pipe, prompts[:2], SEEDS, TOKENS, replacement, [0, 2], **SAMPLING)
 
 
 def test_replacements_reach_their_own_step_on_the_conditional_branch(pipe, prompts, overheard):

@@ -4,6 +4,7 @@ An image is made once for each way to steer it, whichever section of a notebook 
 what is asked for at once is made in full batches, each image with its own direction and region.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -12,12 +13,15 @@ import torch
 from tqdm.auto import tqdm
 
 from helpers import steering
-from helpers.checks import in_range, nearest, refuse
+from helpers.checks import nearest, one_of, refuse
 from helpers.coordinates import Coordinates
 from helpers.dictionary import Dictionary
 from helpers.measure.effects import measure
 from helpers.measure.labels import Labels
-from helpers.trajectories import record
+from helpers.measure.natural import Natural
+from helpers.measure.pool import Pool
+from helpers.pipelines.loading import denoiser_of
+from helpers.pipelines.replay import replay
 
 
 def choose_targets(found: dict, given: list[str], n: int) -> dict[str, dict]:
@@ -44,9 +48,14 @@ def where_active(dictionary: Dictionary, latent: int, h: torch.Tensor) -> np.nda
 
     Float, (image, token): the region to steer in where nothing else says where a feature is.
     """
+    return (codes_of(dictionary, latent, h) > 0).double().cpu().numpy()
+
+
+def codes_of(dictionary: Dictionary, latents, h: torch.Tensor) -> torch.Tensor:
+    """Codes (image, token[, latent]) of one or more latents in raw trajectories."""
+    dictionary.check(latents)
     x = dictionary.coordinates.standardise(h.float().transpose(1, 2))
-    z = dictionary.codes(x.to(dictionary.coordinates.mu.device))[..., latent]
-    return (z > 0).double().cpu().numpy()
+    return dictionary.codes(x.to(dictionary.coordinates.mu.device))[..., latents]
 
 
 class ClassMeans(NamedTuple):
@@ -77,35 +86,19 @@ def class_means(shards, labels: Labels, targets, coordinates) -> dict[str, Class
     return found
 
 
-@dataclass(frozen=True)
-class Pool:
-    """Images before any steering: what each steered one is compared with."""
-
-    prompts: list[str]
-    seeds: list[int]
-    images: np.ndarray  # float32, (image, height, width, 3), in [0, 1]
-    h: torch.Tensor  # recorded with them, raw, (image, step, token, channel)
-
-    @classmethod
-    def make(cls, pipe, store, prompts, seeds, batch_size: int) -> "Pool":
-        """Generate and record images with the settings of a store, at its tap and steps."""
-        made, starts = [], range(0, len(prompts), batch_size)
-        for i in tqdm(starts, "unsteered images", leave=False, disable=None):
-            batch = (values[i : i + batch_size] for values in (prompts, seeds))
-            made.append(record(pipe, *batch, store.tap, store.steps, **store.sampling))
-        images, h, _ = zip(*made)
-        return cls(list(prompts), list(seeds), np.concatenate(images), torch.cat(h))
+WAYS = ("add", "clamp", "keep norm")
 
 
 @dataclass(frozen=True)
 class Push:
-    """One way to steer: a direction added at a strength."""
+    """One way to steer: a direction added at a strength, or a code set to it."""
 
     target: str
     direction: str  # 'residual latent', 'raw latent', 'class means' or 'random rows'
-    strength: float  # in units of the RMS norm of centred tokens
+    strength: float  # in units of the RMS norm of centred tokens; for 'clamp', of the codes
     window: tuple[int, int] | None = None  # first and last denoising step; None for all
     everywhere: bool = False  # over the whole image, not in the target's region
+    way: str = "add"  # one of `WAYS`: 'keep norm' adds, then gives tokens back their norm
 
 
 @dataclass
@@ -122,56 +115,120 @@ class Experiment:
     mode: str = "activation"  # adds u[s]; 'residual' only what each step adds to it
     branch: str = "conditional"  # of guidance, that is steered, or 'both'
     batch_size: int = 20  # images made at once
+    natural: Natural | None = None  # by which the distance of edited tokens is measured
+    # (target, name) -> codes of the pool's tokens, (image, token), in units of the direction's
+    # length: what 'clamp' goes by
+    codes: dict[tuple, torch.Tensor] = field(default_factory=dict)
     made: dict[tuple, np.ndarray] = field(default_factory=dict)  # (push, of the pool) -> image
+    distances: dict[tuple, float] = field(default_factory=dict)  # of the same, see `distance`
     n_made: int = 0  # images generated so far, the pool's among them
 
     def __post_init__(self):
         self.n_made += len(self.pool.images)
-        self.directions = dict(self.directions)  # `latent_push` adds to them
+        self.directions, self.codes = dict(self.directions), dict(self.codes)  # both are added to
         self.steps = (self.store.steps, self.store.sampling["num_inference_steps"])
 
     def make(self, wanted: dict[Push, list[int]]) -> None:
         """Generate the images of the pool that each push is wanted for, unless they are there."""
         tasks = [(push, i) for push, picks in wanted.items() for i in picks]
         tasks = [task for task in dict.fromkeys(tasks) if task not in self.made]
+        tasks.sort(key=lambda task: self._first(task[0]))  # batches replay more then
         starts = range(0, len(tasks), self.batch_size)
         quiet = len(starts) < 2 or None  # None: shown in notebooks and terminals
         for start in tqdm(starts, "steered images", leave=False, disable=quiet):
-            batch = tasks[start : start + self.batch_size]
-            additions = {push: self.addition(push) for push in {push for push, _ in batch}}
-            delta = torch.stack([additions[push] for push, _ in batch], dim=1)[:, :, None]
-            weights = [np.where(p.everywhere, 1, self.weights[p.target][i]) for p, i in batch]
-            images = self.edit(steering.steer, [i for _, i in batch], delta, mask=weights)
-            self.made |= zip(batch, images)
+            self._make(tasks[start : start + self.batch_size])
+
+    def _make(self, batch: list[tuple[Push, int]]) -> None:
+        """Generate one batch, whatever ways of steering are in it."""
+        additions = {push: self.addition(push) for push in {push for push, _ in batch}}
+        delta = torch.stack([additions[push] for push, _ in batch], dim=1)[:, :, None]
+        weights = [np.where(p.everywhere, 1.0, self.weights[p.target][i]) for p, i in batch]
+        weights, picks = torch.from_numpy(np.stack(weights)), [i for _, i in batch]
+        first = torch.tensor([self._first(push) for push, _ in batch])
+        far = torch.full((len(batch),), np.nan, dtype=torch.float64)
+
+        def watch(rows, step, _):
+            if step in self.store.steps:
+                s = self.store.steps.index(step)
+                apart = self.natural.distance(rows, s).cpu() / self.natural.limits[s]
+                apart = (apart * weights).sum(1) / weights.sum(1)
+                far.copy_(torch.where(first <= step, torch.fmax(far, apart), far))
+
+        mask = torch.stack([self._amount(*task, w) for task, w in zip(batch, weights)])
+        settings = {"mask": mask, "watch": self.natural and watch, "until": int(first.min())}
+        settings["keep_norm"] = torch.tensor([push.way == "keep norm" for push, _ in batch])
+        settings["centre"] = steering.at_every_step(self.coordinates.mu, *self.steps)
+        self.made |= zip(batch, self.edit(steering.steer, picks, delta, **settings))
+        self.distances |= zip(batch, far.tolist())
+
+    def _first(self, push: Push) -> int:
+        return push.window[0] if push.window else 0
+
+    def _amount(self, push: Push, i: int, weights: torch.Tensor) -> torch.Tensor:
+        """How much of a push's addition each token of an image gets, (token,)."""
+        if push.way != "clamp":
+            return weights
+        return weights * (push.strength - self.codes[push.target, push.direction][i].to(weights))
 
     def images(self, push: Push, picks) -> np.ndarray:
         """Steered images of the pool's `picks`, (image, height, width, 3), made if need be."""
         self.make({push: picks})
         return np.stack([self.made[push, i] for i in picks])
 
-    def latent_push(self, target: str, dictionary: Dictionary, latent: int, strength: float):
-        """The `Push` along any latent's feature trajectory, in a target's region at all steps."""
-        in_range("latent", latent, 0, dictionary.n_latents - 1)
-        self.directions[target, f"latent {latent}"] = dictionary.directions(latent)
-        return Push(target, f"latent {latent}", strength)
+    def distance(self, push: Push, picks) -> np.ndarray:
+        """How far a push takes each image's tokens from `natural` ones, (image,); 1 is the edge.
+
+        Their mean distance over the region, in the 99th percentile of held-out tokens: the largest
+        of the kept steps from the push's first on. NaN without `natural`, or without a region.
+        """
+        self.make({push: picks})
+        return np.array([self.distances[push, i] for i in picks])
+
+    def latent_push(
+        self, target: str, dictionary, latent: int, strength: float, way="add", natural=1.0, name=""
+    ) -> Push:
+        """The `Push` along any latent's feature trajectory, in a target's region at all steps.
+
+        Known as `name`, or by its number. `natural` is a code, such as one of
+        `natural.typical_codes`, of which 'clamp' sets multiples.
+        """
+        key = target, name or f"latent {latent}"
+        self.directions[key] = natural * dictionary.directions(latent)
+        if way == "clamp":
+            self.codes[key] = codes_of(dictionary, latent, self.pool.h) / natural
+        return Push(*key, strength, way=way)
 
     def addition(self, push: Push) -> torch.Tensor:
-        """What a push adds at every denoising step, raw units, (step, channel)."""
+        """What a push adds at every denoising step, raw units, (step, channel).
+
+        A clamp adds as much for each code that a token lacks.
+        """
         u = self.directions[push.target, push.direction]
         u = steering.only_new(u, self.coordinates) if self.mode == "residual" else u
-        delta = steering.addition(u, self.coordinates, *self.steps, push.strength)
+        if one_of("way", push.way, WAYS) == "clamp":
+            if (key := (push.target, push.direction)) not in self.codes:
+                refuse("direction", key, "one whose codes are given, to be clamped")
+            delta = steering.at_every_step(self.coordinates.scale[:, None].to(u) * u, *self.steps)
+        else:
+            delta = steering.addition(u, self.coordinates, *self.steps, push.strength)
         if push.window is not None:
             first, last = steering.check_window(push.window, len(delta))
             delta[:first], delta[last + 1 :] = 0, 0
         return delta
 
-    def edit(self, how, picks, *arguments, mask=None, **settings) -> np.ndarray:
-        """Images of the pool's `picks` by a function of `helpers.steering`, with our settings."""
+    def edit(self, how, picks, *arguments, mask=None, until=0, **settings) -> np.ndarray:
+        """Images of the pool's `picks` by a function of `helpers.steering`, with our settings.
+
+        Steps before `until`, at which nothing is edited, are replayed, if these are one batch.
+        """
         of_picks = ([values[i] for i in picks] for values in (self.pool.prompts, self.pool.seeds))
         self.n_made += len(picks)
         settings |= {"mask": None if mask is None else torch.from_numpy(np.stack(mask)).float()}
-        settings |= {"branch": self.branch, "batch_size": self.batch_size} | self.store.sampling
-        return how(self.pipe, *of_picks, self.store.tap, *arguments, **settings)
+        settings |= {"branch": self.branch, "batch_size": self.batch_size, "idle": True}
+        known, calls = self.pool.outputs, (denoiser_of(self.pipe), self.pipe.scheduler)
+        with replay(*calls, known, until, list(picks)) if known and until else nullcontext():
+            settings |= self.store.sampling
+            return how(self.pipe, *of_picks, self.store.tap, *arguments, **settings)
 
     def measure(self, push: Push, picks) -> dict:
         """What a push does to the pool's `picks`; see `helpers.measure.effects.measure`."""
@@ -184,12 +241,11 @@ class Experiment:
 
     def without_latents(self, picks: dict, dictionary: Dictionary, latents: dict) -> dict:
         """Images of `picks`, by target, without what some latents added to what was recorded."""
-        coordinates, deltas = dictionary.coordinates, []
+        deltas = []
         for target, some in picks.items():
-            x = coordinates.standardise(self.pool.h[some].float().transpose(1, 2))
-            z = dictionary.codes(x.to(coordinates.mu.device))[..., latents[target]]
+            z = codes_of(dictionary, latents[target], self.pool.h[some])
             u = dictionary.directions(latents[target])
-            deltas.append(steering.scaling(z, u, coordinates, *self.steps, factor=0.0))
+            deltas.append(steering.scaling(z, u, dictionary.coordinates, *self.steps, factor=0.0))
         return self._edit_each(picks, steering.steer, deltas)
 
     def without_direction(self, picks: dict, means: dict, amount: float) -> dict:
