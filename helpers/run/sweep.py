@@ -75,10 +75,10 @@ class Sweep:
         return cell_path(self.run, asdict(cell) | {"trajectories": fingerprint(manifest)})
 
 
-def cell_path(run: str, made_of: dict) -> Path:
-    """The JSON file of a run's cell, named by all that it is made of."""
+def cell_path(run: str, made_of: dict, folder: str = "cells", suffix: str = ".json") -> Path:
+    """The file of a run's cell, named by all that it is made of."""
     name = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
-    return run_folder(run) / "cells" / f"{name}.json"
+    return run_folder(run) / folder / f"{name}{suffix}"
 
 
 def file_of(name: str) -> Path:
