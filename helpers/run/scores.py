@@ -78,7 +78,7 @@ class Scores:
         found = found.reindex(pd.MultiIndex.from_product(axes))
         shape = [len(axis) for axis in axes]
         halves = {
-            name: np.stack([found[f"{name} {h}"].to_numpy().reshape(shape) for h in (1, 2)], 2)
+            name: np.stack([found[f"{name} {h}"].to_numpy(float).reshape(shape) for h in (1, 2)], 2)
             for name in HALVED
         }
         means = {name: found[name].to_numpy(float).reshape(shape) for name in MEANS}
@@ -113,17 +113,18 @@ class Scores:
         pairs = zip(means[name], means["change"])
         return np.array([[*map(function, *of_training, levels)] for of_training in pairs])
 
-    def chosen(self, direction: str, where="", natural: bool = False) -> dict[str, np.ndarray]:
+    def chosen(self, direction: str, where="", natural=False, among=None) -> dict[str, np.ndarray]:
         """'success', 'kept', 'gain' at strengths chosen by the gain of other images; 'strength'.
 
-        Of each half of a training's images at the other half's best strength. With `natural`,
-        among strengths that leave tokens within the data.
+        Of each half of a training's images at the other half's best strength: `among` all or some,
+        or, if `natural`, those that leave tokens within the data.
         """
         c = self.curves(direction, where)
         shape = (self.study.trainings, len(self.labels))
         found = {name: np.full(shape, np.nan) for name in (*HALVED, "strength")}
+        tried = np.isin(c.strengths, c.strengths if among is None else among)
         for at in np.ndindex(shape) if c.n else ():
-            allowed = np.tile(c.within[at], (2, 1)) if natural else None
+            allowed = np.tile(tried & c.within[at] if natural else tried, (2, 1))
             for name in HALVED:
                 own = c.halves["gain"][at], c.halves[name][at], allowed
                 found[name][at], places = frontier.crossed(*own)
