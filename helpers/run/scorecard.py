@@ -29,7 +29,7 @@ from helpers.files import load_json, save_json, save_text
 from helpers.measure import frontier
 from helpers.plots.sheet import sheet
 from helpers.plots.style import save_figure
-from helpers.run import directions, jobs, sweep
+from helpers.run import directions, sweep
 from helpers.run.bench import PART, Bench
 from helpers.run.folder import figures_folder, fingerprint, run_folder
 from helpers.run.workers import Workers, command, work_off
@@ -252,10 +252,9 @@ def _paths(study: Study) -> dict[Cell, Path]:
 def run(study: Study, processes: int = 1, budget: float = float("inf")) -> Path:
     """Do study after study what is not done, write the CSV; past `budget` seconds begin nothing."""
     deadline = time.time() + budget
-    collected = study.collections[study.dictionary.captions]
+    only = study.dictionary.captions
     with Workers(processes) as workers:
-        shares = [(collected, False, (i, processes)) for i in range(processes)]
-        list(workers(jobs.collect, shares))
+        list(workers(sweep.collect, [(study, (i, processes), only) for i in range(processes)]))
         try:
             for name, cells in study.studies.items():
                 if time.time() < deadline:

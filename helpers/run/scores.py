@@ -83,7 +83,8 @@ class Scores:
         }
         means = {name: found[name].to_numpy(float).reshape(shape) for name in MEANS}
         means |= {name: _mean(of_halves, 2) for name, of_halves in halves.items()}
-        return Curves(strengths, means, halves, int(own.groupby("strength").n.sum().max() or 0))
+        n = own.groupby("strength").n.sum().max() if len(own) else 0
+        return Curves(strengths, means, halves, int(n))
 
     # --- measures, (training, label) ---
 

@@ -157,10 +157,11 @@ def _checked(sweep: Sweep, cell: Cell) -> Cell:
     return cell
 
 
-def collect(sweep: Sweep, share: tuple[int, int] = (0, 1)) -> None:
-    """Collect the trajectories of all captions, or a share (index, n) of their shards."""
-    for collected in sweep.collections.values():
-        jobs.collect(collected, share=share)
+def collect(sweep: Sweep, share: tuple[int, int] = (0, 1), only: str = "") -> None:
+    """Collect the trajectories of all captions, or of some, or a share (index, n) of their shards."""
+    for captions, collected in sweep.collections.items():
+        if only in ("", captions):
+            jobs.collect(collected, share=share)
 
 
 def do(sweep: Sweep, cell: Cell, deadline: float = float("inf")) -> str:
