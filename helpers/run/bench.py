@@ -182,6 +182,8 @@ class Bench:
 
     def asked_for(self, cell, picks: list[int]) -> np.ndarray:
         """Images whose prompts say what the others do, and the label: the surest way there."""
+        if not hasattr(self.run.truth, "asked_for"):
+            refuse("direction", "prompt", "another, where nobody knows how to ask for a label")
         pool = self.pool(cell.num_inference_steps)
         texts = self.run.truth.asked_for(cell.label, [pool.prompts[i] for i in picks])
         of_picks = texts, [pool.seeds[i] for i in picks], self.study.batch_size

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from helpers.measure import frontier, metrics
+from helpers.measure.effects import GAIN
 from helpers.measure.metrics import Estimate
 from helpers.measure.timing import spearman
 from helpers.run.scorecard import HALVED, MEANS, ROW, Study, condition, csv_of
@@ -115,22 +116,40 @@ class Scores:
         return np.array([[*map(function, *of_training, levels)] for of_training in pairs])
 
     def chosen(self, direction: str, where="", natural=False, among=None) -> dict[str, np.ndarray]:
-        """'success', 'kept', 'gain' at strengths chosen by the gain of other images; 'strength'.
+        """'success', 'kept', 'gain' at strengths chosen by the gain of other images.
 
-        Of each half of a training's images at the other half's best strength: `among` all or some,
-        or, if `natural`, those that leave tokens within the data.
+        And those strengths, and the 'distance' from natural tokens there. Each half of a training's
+        images is taken at the other half's best strength: `among` all or some, or, if `natural`,
+        those that leave tokens within the data.
         """
         c = self.curves(direction, where)
         shape = (self.study.trainings, len(self.labels))
-        found = {name: np.full(shape, np.nan) for name in (*HALVED, "strength")}
+        found = {name: np.full(shape, np.nan) for name in (*HALVED, "strength", "distance")}
         tried = np.isin(c.strengths, c.strengths if among is None else among)
         for at in np.ndindex(shape) if c.n else ():
             allowed = np.tile(tried & c.within[at] if natural else tried, (2, 1))
             for name in HALVED:
                 own = c.halves["gain"][at], c.halves[name][at], allowed
                 found[name][at], places = frontier.crossed(*own)
-            found["strength"][at] = np.mean(c.strengths[places])
+            found["strength"][at] = c.strengths[places].mean()
+            found["distance"][at] = c.means["distance"][at][places].mean()
         return found
+
+    def summary(self, direction: str, where="", among=None) -> dict[str, str]:
+        """A row of a table: what a direction does at its best strength, within the data, too."""
+        n = self.curves(direction, where).n
+        best, inside = (self.chosen(direction, where, natural, among) for natural in (False, True))
+        return {
+            "direction": direction,
+            "where": where,
+            "strength": f"×{_mean(best['strength'], None):.2g}",
+            "success": str(self.share(best["success"], n)),
+            "kept": str(self.share(best["kept"], n)),
+            GAIN: str(self.share(best["gain"], n)),
+            "distance": f"{_mean(best['distance'], None):.2f}".replace("nan", ""),
+            "within the data": str(self.share(inside["gain"], n)),
+            "strength there": f"×{_mean(inside['strength'], None):.2g}",
+        }
 
     def monotonic(self, direction: str, where="", name="success") -> np.ndarray:
         """Spearman's correlation of what a direction does with its strength."""
@@ -179,7 +198,7 @@ class Scores:
         return found
 
 
-def _mean(values: np.ndarray, axis: int) -> np.ndarray:
+def _mean(values: np.ndarray, axis: int | None) -> np.ndarray:
     """The mean of what is not NaN along an axis; NaN where nothing is."""
     known = ~np.isnan(values)
     with np.errstate(invalid="ignore"):

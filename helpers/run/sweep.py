@@ -158,7 +158,7 @@ def _checked(sweep: Sweep, cell: Cell) -> Cell:
 
 
 def collect(sweep: Sweep, share: tuple[int, int] = (0, 1), only: str = "") -> None:
-    """Collect the trajectories of all captions, or of some, or a share (index, n) of their shards."""
+    """Collect the trajectories of all captions or of some, or a share (index, n) of shards."""
     for captions, collected in sweep.collections.items():
         if only in ("", captions):
             jobs.collect(collected, share=share)
