@@ -3,9 +3,9 @@ BIN := .venv/bin
 # tests run a process a core: a thread each, and no core kept busy by waiting
 QUIET := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive TOKENIZERS_PARALLELISM=false
 
-.PHONY: demo test quick notebooks lab run sweep estimate bench gpu slow clean
+.PHONY: demo test quick notebooks lab run sweep scorecard estimate bench gpu slow clean
 
-# Run notebooks 01 to 07 on the shipped model; what is done and intact is skipped.
+# Run notebooks 01 to 08 on the shipped model; what is done and intact is skipped.
 demo: .venv/installed
 	$(BIN)/python -m helpers.run demo
 
@@ -16,6 +16,10 @@ run: .venv/installed
 # Train and measure what notebook 07 compares, as far as it is not done: make sweep RUN=comparison
 sweep: .venv/installed
 	$(BIN)/python -m helpers.run.sweep $(RUN)
+
+# Steer, and judge, what notebook 08 compares, as far as it is not done.
+scorecard: .venv/installed
+	$(BIN)/python -m helpers.run.scorecard $(or $(RUN),scorecard)
 
 # Format, lint, unit tests, papermill with changed parameters, every notebook at smoke size.
 test: .venv/installed

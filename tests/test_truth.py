@@ -125,6 +125,18 @@ def test_prompts_to_steer_are_fresh_captions_of_one_object():
     assert [len(world.parse(p).objects) for p in prompts] == [1] * 20
 
 
+def test_captions_can_ask_for_a_target_and_else_stay_as_they_are():
+    before = "a small red solid circle at the left on a white background"
+    for target, after in {
+        "colour=blue": "a small blue solid circle at the left on a white background",
+        "background=sky": "a small red solid circle at the left on a sky background",
+        "colour=red": before,
+    }.items():
+        assert Scenes().asked_for(target, [before]) == [after]
+    with pytest.raises(ValueError, match="attribute is 'mark'"):
+        Scenes().asked_for("mark=marked", [before])
+
+
 def test_an_image_can_be_steered_towards_what_it_does_not_show(images_of):
     images = images_of(
         Reading((found(colour="blue"),), "sky"),

@@ -7,8 +7,6 @@ logistic probe a step then says how probable the final value is. Without any tra
 can be exchanged while an image is made: what is still open then follows the new one.
 """
 
-from dataclasses import replace
-
 import numpy as np
 from scipy import ndimage
 from sklearn.linear_model import LogisticRegression
@@ -149,8 +147,7 @@ def exchanged(scene: world.Scene, attribute: str, rng: np.random.Generator) -> w
     """A scene of one object, complete in what can be named, with another value of an attribute."""
     holder = scene if attribute == "background" else scene.objects[0]
     others = [v for v in world.NAMED[attribute] if v != getattr(holder, attribute)]
-    holder = replace(holder, **{attribute: others[rng.integers(len(others))]})
-    return holder if attribute == "background" else replace(scene, objects=(holder,))
+    return world.with_value(scene, attribute, others[rng.integers(len(others))])
 
 
 def switched(pipe, scenes, attribute: str, steps, seeds, rng, batch_size=50, **sampling):

@@ -8,7 +8,7 @@ from operator import attrgetter
 
 import numpy as np
 
-from helpers.checks import nearest, refuse
+from helpers.checks import nearest, one_of, refuse
 from helpers.demo import reader, world
 from helpers.measure.labels import Labels, token_shares
 
@@ -110,6 +110,16 @@ class Scenes:
                 weight[:] = 1 - share if attribute == "background" else share
         found = [_value(r, attribute) for r in readings]
         return np.array([f not in (None, value) for f in found], bool), weights
+
+    def asked_for(self, target: str, prompts: list[str]) -> list[str]:
+        """Captions of one object that say what `prompts` do, and the target: the surest way there.
+
+        ValueError for a fine attribute, which captions never name.
+        """
+        attribute, value = _parts(target)
+        one_of("attribute", attribute, world.NAMED)
+        scenes = [world.with_value(world.parse(p), attribute, value) for p in prompts]
+        return [world.caption(s) for s in scenes]
 
     def outcome(self, target: str, before: np.ndarray, after: np.ndarray) -> dict[str, np.ndarray]:
         """What steering towards a target did to images, each (image,).

@@ -12,7 +12,7 @@ latents: detail that only late denoising steps can decide. Shape, colour and pos
 
 import hashlib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -179,6 +179,14 @@ def sample(
         if split(scene) in splits:
             scenes.append(scene)
     return scenes
+
+
+def with_value(scene: Scene, attribute: str, value: str) -> Scene:
+    """A scene of one object, or its background, with another value of an attribute."""
+    if attribute == "background":
+        return replace(scene, background=value)
+    (thing,) = scene.objects
+    return replace(scene, objects=(replace(thing, **{attribute: value}),))
 
 
 def leave_open(scene: Scene, rng: np.random.Generator, full: float = 0.25) -> Scene:

@@ -64,14 +64,14 @@ class Data:
     """Trajectories of some images and steps, what they show, and what is fitted to them."""
 
     def __init__(self, run: str, n_train: int, steps: tuple[int, ...]):
-        self.run = _run(run)
+        self.run = run_of(run)
         store = self.run.store
         store.split[store.indices("train")[n_train:]] = "left out"
         self.store = SomeSteps(store, [store.steps.index(step) for step in steps])
         self.train = accumulate(self.store.shards("train"))
         self.validation = accumulate(self.store.shards("validation"), self.train.shift)
         self.predictors = predictors.fit(self.train, self.validation).to(self.run.device)
-        self.labels = {split: _labels(run, split) for split in ("validation", "test")}
+        self.labels = {split: labels_of(run, split) for split in ("validation", "test")}
         self.x = {split: torch.cat([*self.standardised(split)]) for split in self.labels}
         # as many images that dictionaries were trained on, to see how much less they err there
         images = chain.from_iterable(self.standardised("train"))
@@ -83,7 +83,7 @@ class Data:
         return standardised(self.store, split, self.predictors)
 
 
-def _run(run: str) -> Run:
+def run_of(run: str) -> Run:
     """A run of a collection, with notebook 02's defaults."""
     (notebook,) = NOTEBOOKS.glob("02_*.ipynb")
     defaults = {name: default for name, (default, _) in parameters_of(notebook).items()}
@@ -96,9 +96,9 @@ def data_of(run: str, n_train: int, steps: tuple[int, ...]) -> Data:
 
 
 @lru_cache(maxsize=12)
-def _labels(run: str, split: str, n: int | None = None):
+def labels_of(run: str, split: str, n: int | None = None):
     """What the images of a split, or the first n, show."""
-    source = _run(run)
+    source = run_of(run)
     images, tokens = source.store.images(split, slice(n)), source.store.tokens(split)[:n]
     labels = source.truth.labels(source.store.prompts_of(split)[:n], images, source.store.grid)
     return labels.only(tokens)
@@ -126,10 +126,7 @@ def measured(cell, run: str) -> tuple[dict[str, Readout], torch.Tensor | None]:
     data = data_of(run, cell.n_train, cell.steps)
     if cell.coder == CEILING:
         return _ceilings(data, run), None
-    named = ("n_latents", "k", "n_updates", "learning_rate", "seed")
-    config = TrainConfig(**{name: getattr(cell, name) for name in named})
-    own = _trained(cell.coder, data, _coordinates(cell.coordinates, data), config)
-    own.calibrate(data.x["validation"].flatten(0, 1))
+    own = trained(cell, data)
     found = {n: r for n, r in _readouts(own, data).items() if not np.isnan(r.value)}
     matched = own.coder.sparse and own.n_latents <= MATCHED
     return found, own.directions() if matched else None
@@ -140,6 +137,14 @@ def _coordinates(name: str, data: Data) -> coordinates.Coordinates:
     (how, value), (predicts, of_predictors) = _words(name)
     c = COORDINATES[how](PREDICTORS[predicts](data, of_predictors), data, value)
     return c.to(data.run.device)
+
+
+def trained(cell, data: Data) -> Dictionary:
+    """The dictionary of a cell, its threshold set on validation images."""
+    named = ("n_latents", "k", "n_updates", "learning_rate", "seed")
+    config = TrainConfig(**{name: getattr(cell, name) for name in named})
+    own = _trained(cell.coder, data, _coordinates(cell.coordinates, data), config)
+    return own.calibrate(data.x["validation"].flatten(0, 1))
 
 
 def _trained(coder: str, data: Data, c, config: TrainConfig) -> Dictionary:
@@ -214,7 +219,7 @@ def _ceilings(data: Data, run: str) -> dict[str, Readout]:
     if not data.names:
         return {}
     seen = torch.cat([*data.standardised("train")])
-    labels = {"train": _labels(run, "train", len(seen)), "test": data.labels["test"]}
+    labels = {"train": labels_of(run, "train", len(seen)), "test": data.labels["test"]}
     x = {"train": seen.cpu().numpy(), "test": data.x["test"].cpu().numpy()}
     whole = {split: v.reshape(*v.shape[:2], -1) for split, v in x.items()}
     by_label = readouts.ceiling(whole, labels, data.names)

@@ -10,21 +10,16 @@ interval over test images, and by how much it exceeds the same cell in raw coord
 
 from __future__ import annotations
 
-import argparse
 import csv
 import hashlib
 import io
 import itertools
 import json
-import multiprocessing
-import os
-import sys
 import time
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
-import torch
 import yaml
 
 from helpers.checks import nearest, refuse
@@ -32,6 +27,7 @@ from helpers.files import load_json, load_tensors, save_json, save_tensors, save
 from helpers.measure.readouts import Readout, stability
 from helpers.run import jobs, methods, parameters
 from helpers.run.folder import figures_folder, fingerprint, run_folder
+from helpers.run.workers import Workers, command, work_off
 
 ROW = ("readout", "value", "low", "high", "less_raw", "less_low", "less_high")
 
@@ -76,9 +72,22 @@ class Sweep:
     def path(self, cell: Cell) -> Path:
         """Where a cell's JSON lies, or is to lie: named by what the cell is made of."""
         manifest = run_folder(self.run_of(cell)) / "trajectories" / "manifest.json"
-        made_of = json.dumps(asdict(cell) | {"trajectories": fingerprint(manifest)})
-        name = hashlib.sha256(made_of.encode()).hexdigest()[:16]
-        return run_folder(self.run) / "cells" / f"{name}.json"
+        return cell_path(self.run, asdict(cell) | {"trajectories": fingerprint(manifest)})
+
+
+def cell_path(run: str, made_of: dict, folder: str = "cells", suffix: str = ".json") -> Path:
+    """The file of a run's cell, named by all that it is made of."""
+    name = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
+    return run_folder(run) / folder / f"{name}{suffix}"
+
+
+def file_of(name: str) -> Path:
+    """notebooks/parameters/sweeps/<name>.yaml, or a .yaml file by its path; ValueError: none."""
+    path = Path(name) if name.endswith((".yaml", ".yml")) else _folder() / f"{name}.yaml"
+    if not path.exists():
+        there = ", ".join(p.stem for p in sorted(_folder().glob("*.yaml")))
+        refuse("the file of a sweep", name, f"one of {there}, or a path ending in .yaml")
+    return path
 
 
 def load(name: str) -> Sweep:
@@ -87,10 +96,7 @@ def load(name: str) -> Sweep:
     ValueError, before any work, for a parameter that notebook 01 does not have, or a cell that
     cannot be: an unknown field, coordinates or coder, steps or images that are not collected.
     """
-    path = Path(name) if name.endswith((".yaml", ".yml")) else _folder() / f"{name}.yaml"
-    if not path.exists():
-        there = ", ".join(p.stem for p in sorted(_folder().glob("*.yaml")))
-        refuse("the file of a sweep", name, f"one of {there}, or a path ending in .yaml")
+    path = file_of(name)
     given = yaml.safe_load(path.read_text())
     (notebook,) = parameters.NOTEBOOKS.glob("01_*.ipynb")
     known = parameters.parameters_of(notebook)
@@ -102,9 +108,9 @@ def load(name: str) -> Sweep:
         parameters.refuse_unknown(values, known, f"{path.name}: a parameter")
         defaults = {k: default for k, (default, _) in known.items()}
         collections[captions] = parameters.checked(defaults | values, known)
-    sweep = Sweep(given["run"], collections, _crossed(given["cell"])[0], {})
+    sweep = Sweep(given["run"], collections, crossed(Cell, given["cell"], "steps")[0], {})
     for study, products in given["studies"].items():
-        cells = [cell for p in products for cell in _crossed(given["cell"] | p)]
+        cells = [cell for p in products for cell in crossed(Cell, given["cell"] | p, "steps")]
         sweep.studies[study] = [_checked(sweep, cell) for cell in cells]
     return sweep
 
@@ -118,16 +124,20 @@ def _folder() -> Path:
     return parameters.NOTEBOOKS / "parameters" / "sweeps"
 
 
-def _crossed(product: dict) -> list[Cell]:
-    """All combinations of a product's values; a list of values counts as several, one as one."""
+def crossed(kind: type, product: dict, listed: str) -> list:
+    """All combinations of a product's values, as cells of a kind.
+
+    A list of values counts as several, any other as one; a value of the field `listed` is a list
+    of numbers itself.
+    """
     for name in product:
-        if name not in Cell.__annotations__:
-            refuse("a field of a cell", name, f"such as {nearest(name, Cell.__annotations__)}")
+        if name not in kind.__annotations__:
+            refuse("a field of a cell", name, f"such as {nearest(name, kind.__annotations__)}")
     values = {n: v if isinstance(v, list) else [v] for n, v in product.items()}
-    if not isinstance(values["steps"][0], list):
-        values["steps"] = [values["steps"]]  # steps are a list themselves
-    values["steps"] = list(map(tuple, values["steps"]))
-    return [Cell(**dict(zip(values, v))) for v in itertools.product(*values.values())]
+    if not isinstance(values[listed][0], list):
+        values[listed] = [values[listed]]
+    values[listed] = list(map(tuple, values[listed]))
+    return [kind(**dict(zip(values, v))) for v in itertools.product(*values.values())]
 
 
 def _checked(sweep: Sweep, cell: Cell) -> Cell:
@@ -147,10 +157,11 @@ def _checked(sweep: Sweep, cell: Cell) -> Cell:
     return cell
 
 
-def collect(sweep: Sweep, share: tuple[int, int] = (0, 1)) -> None:
-    """Collect the trajectories of all captions, or a share (index, n) of their shards."""
-    for collected in sweep.collections.values():
-        jobs.collect(collected, share=share)
+def collect(sweep: Sweep, share: tuple[int, int] = (0, 1), only: str = "") -> None:
+    """Collect the trajectories of all captions or of some, or a share (index, n) of shards."""
+    for captions, collected in sweep.collections.items():
+        if only in ("", captions):
+            jobs.collect(collected, share=share)
 
 
 def do(sweep: Sweep, cell: Cell, deadline: float = float("inf")) -> str:
@@ -225,65 +236,17 @@ def _stabilities(sweep: Sweep, done):
 def run(sweep: Sweep, processes: int = 1, budget: float = float("inf")) -> Path:
     """Collect, train what is not done, write the CSV; after `budget` seconds no cell is begun."""
     deadline = time.time() + budget
-    with _Workers(processes) as workers:
+    with Workers(processes) as workers:
         list(workers(collect, [(sweep, (i, processes)) for i in range(processes)]))
         done = _paths(sweep)
         todo = [cell for cell in sweep.cells if cell not in done]
         print(f"{len(done)} cells are done, {len(todo)} are not", flush=True)
-        start = time.perf_counter()
-        lines = workers(do, [(sweep, cell, deadline) for cell in todo])
         try:
-            for n, line in enumerate(filter(None, lines), 1):
-                left = (time.perf_counter() - start) / n * (len(todo) - n) / 60
-                print(f"[{n}/{len(todo)}] {line}; {left:.0f} min left", flush=True)
+            work_off(workers, do, [(sweep, cell, deadline) for cell in todo])
         finally:  # also of a sweep that is stopped
             save_text(csv_of(sweep), table(sweep))
     return csv_of(sweep)
 
 
-class _Workers:
-    """`workers(function, arguments)` yields results as they come, from n processes or from here."""
-
-    def __init__(self, n: int):
-        self.n = n
-
-    def __enter__(self):
-        self.pool = None
-        if self.n > 1:
-            os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-            spawn = multiprocessing.get_context("spawn")
-            self.pool = spawn.Pool(self.n, torch.set_num_threads, (1,))
-        return self
-
-    def __call__(self, function, arguments: list):
-        calls = [(function, *a) for a in arguments]
-        return self.pool.imap_unordered(_call, calls) if self.pool else map(_call, calls)
-
-    def __exit__(self, *error):
-        if self.pool:
-            self.pool.terminate()
-
-
-def _call(call: tuple):
-    function, *arguments = call
-    return function(*arguments)
-
-
-def main() -> None:
-    told = __doc__.splitlines()[0]
-    parser = argparse.ArgumentParser("python -m helpers.run.sweep", description=told)
-    parser.add_argument("sweep", help="a file in notebooks/parameters/sweeps, or a path to one")
-    n = 1 if torch.cuda.is_available() else os.cpu_count()
-    words = f"with a thread each, if several (here {n})"
-    parser.add_argument("--processes", type=int, default=n, help=words)
-    words = "seconds after which no cell is begun"
-    parser.add_argument("--budget", type=float, default=float("inf"), help=words)
-    given = parser.parse_args()
-    try:
-        print(f"wrote {run(load(given.sweep), given.processes, given.budget)}")
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-
-
 if __name__ == "__main__":
-    main()
+    command("sweep", __doc__.splitlines()[0], load, run)
