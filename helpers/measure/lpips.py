@@ -7,7 +7,8 @@ package needs torchvision. The weights are two files that others have published,
 
     python -m helpers.measure.lpips alexnet-owt-7be5be79.pth alex.pth lpips.safetensors
 
-of download.pytorch.org/models and of lpips/weights/v0.1 in github.com/richzhang/PerceptualSimilarity.
+of download.pytorch.org/models, and of lpips/weights/v0.1 in the repository PerceptualSimilarity of
+github.com/richzhang.
 """
 
 import argparse
