@@ -99,16 +99,16 @@ def test_what_is_no_encoder_is_refused_in_one_sentence(kind, tmp_path):
     assert "\n" not in str(refused.value)
 
 
-def test_a_segmenters_mask_has_the_images_size_and_is_the_decoders_sign():
-    found = encoder("clipseg")(IMAGES[0], "a dog")
-    assert found.shape == (40, 48) and found.dtype == bool
+def test_a_segmenters_mask_is_where_the_decoder_says_yes_at_the_images_size():
     model, processor = parts("clipseg")
-    whole = (IMAGES[0] * 255).round().astype(np.uint8)
+    image = IMAGES[0][:32, :32]
+    whole = (image * 255).round().astype(np.uint8)
     inputs = processor(text=["a dog"], images=[whole], return_tensors="pt")
     with torch.no_grad():
         logits = model.eval()(**inputs).logits.reshape(32, 32)
-    nearest = (logits > 0).numpy()[np.arange(40) * 32 // 40][:, np.arange(48) * 32 // 48]
-    assert (nearest == found).mean() > 0.9
+    assert encoder("clipseg")(image, "a dog").tolist() == (logits > 0).tolist()
+    found = encoder("clipseg")(IMAGES[0], "a dog")
+    assert found.shape == (40, 48) and found.dtype == bool
 
 
 # --- a judge ---

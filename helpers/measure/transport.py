@@ -183,6 +183,5 @@ def _scored(bench: Bench, texts: list[str], original, edited, made) -> list[dict
     found = dict(zip(names, near.T)) | {"ΔCLIP-T": near[:, 0] - float(before[1] @ t[0])}
     for side, reference in (("edited", edited), ("original", original)):
         if bench.lpips is not None:
-            same = np.broadcast_to(reference, images.shape)
-            found[f"LPIPS to {side}"] = bench.lpips(images, same)
+            found[f"LPIPS to {side}"] = bench.lpips(images, np.stack([reference] * len(images)))
     return [{n: float(v[i]) for n, v in found.items()} for i in range(len(images))]
