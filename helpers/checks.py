@@ -2,6 +2,7 @@
 
 import difflib
 import math
+import os
 import re
 from collections.abc import Iterable
 from numbers import Real
@@ -58,6 +59,13 @@ def choose_device(device: str) -> str:
     if not named or named[1] not in present:
         refuse("device", device, f"'auto' or {', '.join(map(repr, present))}, which are here")
     return str(device)
+
+
+def memory(device) -> int:
+    """Bytes that a CUDA device has or, of all others, the machine."""
+    if str(device).startswith("cuda"):
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def choose_dtype(dtype: str, auto: torch.dtype = torch.float32, name: str = "dtype") -> torch.dtype:

@@ -13,6 +13,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 
+def check_writable(folder: Path, *files: str, name: str = "run") -> None:
+    """OSError unless a folder, there or not, can be written in, and so can those of its files."""
+    there = next(p for p in (folder, *folder.absolute().parents) if os.path.exists(p))
+    for path in (there, *(p for p in map(folder.joinpath, files) if os.path.exists(p))):
+        kind = "folder" if path == there else "file"
+        is_that = path.is_dir() if path == there else path.is_file()
+        if not is_that or not os.access(path, os.W_OK):
+            what = "read-only" if is_that else f"no {kind}"
+            raise OSError(f"{name}: {folder} cannot be written; {path} is {what}")
+
+
 def digest(path: str | Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
     with open(path, "rb") as f:
@@ -111,6 +122,8 @@ def _replace(path: Path, write) -> None:
         os.replace(aside, path)
     except (OSError, SafetensorError) as error:  # safetensors has its own error for a full disk
         cure = "free some disk space or choose another folder"
+        if not all(os.access(p, os.W_OK) for p in (path, path.parent) if p.exists()):
+            cure = "make it and its folder writable"
         raise OSError(f"{path} could not be written ({error}); {cure}") from error
     finally:
         with suppress(OSError):  # where nothing can be written, the first error says more

@@ -40,7 +40,7 @@ def find(denoiser: torch.nn.Module, hookpoint: str) -> torch.nn.Module:
     """The module called `hookpoint`; ValueError with the nearest names if there is none."""
     modules = {name: module for name, module in denoiser.named_modules() if name}
     if hookpoint not in modules:
-        near = nearest(hookpoint, [*usual(denoiser), *modules])
+        near = nearest(hookpoint, usual(denoiser) or modules)  # others may hold no image tokens
         refuse("hookpoint", hookpoint, f"a module of {type(denoiser).__name__}, such as {near}")
     return modules[hookpoint]
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from helpers.files import load_tensors, save_tensors
+from helpers.files import check_writable, load_tensors, save_tensors
 
 
 @dataclass
@@ -111,6 +111,7 @@ def cached(path: str | Path, made_from: dict, make: Callable[[], Moments]) -> Mo
         moments, record = Moments.load(path)
         if record == made_from:
             return moments
+    check_writable(Path(path).parent)
     moments = make()
     moments.save(path, made_from)
     return moments

@@ -6,11 +6,12 @@ any sampling loop, `record` under a diffusers pipeline, `helpers.store.collect` 
 
 import functools
 from contextlib import ExitStack, suppress
+from difflib import get_close_matches
 
 import numpy as np
 import torch
 
-from helpers.checks import in_range, one_of, refuse
+from helpers.checks import in_range, nearest, one_of, refuse
 from helpers.hooks import Tap, by_branch, listen, usual
 from helpers.pipelines.calls import BRANCHES, numbered
 from helpers.pipelines.generate import generate
@@ -152,29 +153,48 @@ def shapes(pipe, taps, prompt: str, **sampling) -> dict:
     """Token rows, token columns and channels of each tap, in the order of the network.
 
     Keys are the taps as given, read off the denoiser's first call for one image. Left out are those
-    that it does not call, or that have no grid of tokens.
+    that it does not have or call, or that have no grid of tokens. ValueError for `sampling` that
+    the pipeline stumbles over.
     """
     found: dict = {}
     denoiser = denoiser_of(pipe)
+    modules = dict(denoiser.named_modules())
 
     def leave(*_):
         raise _FirstStepDone
 
     with suppress(_FirstStepDone), ExitStack() as stack:
-        for tap in taps:
+        for tap in (t for t in taps if Tap.of(t).hookpoint in modules):
 
             def note(activation, call, tap=tap):
                 found.setdefault(tap, (*call.grid, activation.shape[-1]))
 
             stack.enter_context(listen(denoiser, pipe.scheduler, tap, note, skip_unfit=True))
         stack.callback(denoiser.register_forward_hook(leave).remove)
-        generate(pipe, [prompt], [0], **sampling)
+        try:
+            generate(pipe, [prompt], [0], **sampling)
+        except (AttributeError, LookupError, RuntimeError, TypeError) as error:
+            why = (str(error) or type(error).__name__).splitlines()[0][:200]
+            valid = f"what {type(pipe).__name__} takes ({why})"
+            refuse("what the pipeline is called with", sampling, valid)
     return found
 
 
 def hookpoints(pipe, prompt: str, **sampling) -> dict[str, tuple[int, int, int]]:
     """`shapes` of where one would usually listen: name -> token rows, columns, channels."""
     return shapes(pipe, usual(denoiser_of(pipe)), prompt, **sampling)
+
+
+def refuse_absent(pipe, taps, found: dict, prompt: str, **sampling) -> None:
+    """ValueError for a tap that `shapes` did not find, with the nearest that it does find."""
+    for tap in taps:
+        if tap not in found:
+            denoiser = denoiser_of(pipe)
+            named = get_close_matches(tap.hookpoint, dict(denoiser.named_modules()), 20, 0.5)
+            others = [tap._replace(hookpoint=n) for n in {*named, *usual(denoiser)}]
+            fit = [t.hookpoint for t in shapes(pipe, others, prompt, **sampling)]
+            valid = f"a module that is called, with a grid of tokens as {tap.signal}"
+            refuse("hookpoint", tap.hookpoint, f"{valid}, such as {nearest(tap.hookpoint, fit)}")
 
 
 def bytes_per_image(n_steps: int, tokens: int, channels: int, dtype: torch.dtype) -> int:

@@ -144,7 +144,12 @@ def test_activations_that_overflow_in_the_model_are_refused(pipe, tmp_path):
     broken = copy.deepcopy(pipe)
     with torch.no_grad():
         broken.unet.get_submodule(TUPLE).proj_out.bias[3] = torch.nan
-    with pytest.raises(ValueError, match="^dtype is torch.float32.*NaN"):
+    with pytest.raises(ValueError, match=rf"^model is .*finite.*unet.{TUPLE}.proj_out.bias is not"):
+        collect(tiny_plan(tmp_path, taps=[TUPLE]), broken)
+    with torch.no_grad():
+        broken.unet.get_submodule(TUPLE).proj_out.bias[3] = 3e38
+        broken.unet.get_submodule(TUPLE).proj_out.weight[3] = 1e38
+    with pytest.raises(ValueError, match="^dtype is .*float32.*NaN"):
         collect(tiny_plan(tmp_path, taps=[TUPLE]), broken)
 
 

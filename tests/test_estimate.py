@@ -89,7 +89,7 @@ def test_what_was_there_before_takes_nothing():
 
 def test_a_wrong_hookpoint_is_named_with_the_usual_ones(given, pipe):
     given["01"]["also"] = {"other": "down_blocks"}
-    with pytest.raises(ValueError, match="hookpoint is 'down_blocks'.*down_blocks.0.resnets.0"):
+    with pytest.raises(ValueError, match=r"hookpoint is 'down_blocks'.*such as down_blocks\.\d"):
         estimate.estimate("any", pipe)
 
 

@@ -182,6 +182,18 @@ def test_a_failure_to_clean_up_does_not_hide_why_it_failed(tmp_path, monkeypatch
         files.save_json(tmp_path / "new" / "a.json", {})
 
 
+def test_where_nothing_may_be_written_no_disk_space_is_asked_for(tmp_path, monkeypatch):
+    files.check_writable(tmp_path / "new" / "folder", "a.json")
+    monkeypatch.setattr(files.os, "replace", lambda *_: (_ for _ in ()).throw(PermissionError(13)))
+    monkeypatch.setattr(files.os, "access", lambda path, _: path == tmp_path)
+    files.check_writable(tmp_path)
+    (tmp_path / "a.json").write_text("{}")
+    with pytest.raises(OSError, match="a.json could not be written .*; make it and .* writable$"):
+        files.save_json(tmp_path / "a.json", {})
+    with pytest.raises(OSError, match=f"^run: {tmp_path} cannot .*a.json is read-only$"):
+        files.check_writable(tmp_path, "a.json")
+
+
 def test_a_folder_where_a_file_should_be_is_named(tmp_path):
     (tmp_path / "a.file").mkdir()
     for refused in (

@@ -77,8 +77,17 @@ def test_a_parameters_cell_that_was_not_run_is_noticed(project):
 @pytest.mark.parametrize("below", ["", "below"])
 def test_a_run_that_cannot_be_written_is_refused(project, tmp_path, below):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="^run is .*file is not"):
+    with pytest.raises(OSError, match="^run: .* cannot be written; .*file is no folder$"):
         Run("03_train", namespace(run=str(tmp_path / "file" / below)))
+
+
+@pytest.mark.parametrize("what", ["metrics", "metrics/03_train.json"])
+def test_metrics_that_cannot_be_written_are_refused_before_the_work(project, monkeypatch, what):
+    Run("03_train", namespace()).write({})
+    read_only = project / "runs" / "tiny" / what
+    monkeypatch.setattr(files.os, "access", lambda path, _: path != read_only)
+    with pytest.raises(OSError, match=f"^run: .*metrics cannot be written; {read_only} is read-on"):
+        Run("03_train", namespace())
 
 
 def test_metrics_are_written_with_parameters_and_versions(project, capsys):

@@ -1,3 +1,5 @@
+import warnings
+
 import numpy as np
 import pipelines
 import pytest
@@ -9,6 +11,7 @@ from diffusers import (
     DDPMScheduler,
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchLCMScheduler,
     LCMScheduler,
@@ -16,7 +19,13 @@ from diffusers import (
 )
 from PIL import Image
 
-from helpers.pipelines.generate import arguments_of, generate, generate_all, switch_prompts
+from helpers.pipelines.generate import (
+    arguments_of,
+    generate,
+    generate_all,
+    switch_prompts,
+    warn_of_long,
+)
 
 SEEDS = [10, 11, 12]
 
@@ -181,6 +190,36 @@ def test_a_scheduler_that_draws_from_the_global_generator_is_refused(monkeypatch
     monkeypatch.setattr(pipe, "scheduler", scheduler)
     with pytest.raises(ValueError, match=f"scheduler is '{type(scheduler).__name__}'"):
         generate(pipe, ["a dog"], [0], **SAMPLING)
+
+
+@pytest.mark.parametrize(
+    "model, scheduler", [("sd1", FlowMatchEulerDiscreteScheduler), ("flux", EulerDiscreteScheduler)]
+)
+def test_a_scheduler_that_the_pipeline_cannot_run_is_named(monkeypatch, model, scheduler):
+    monkeypatch.setattr(built(model), "scheduler", scheduler())
+    with pytest.raises(ValueError, match=f"^scheduler is '{scheduler.__name__}'; .*Pipeline can"):
+        generate(built(model), ["a dog"], [0], **SAMPLING)
+
+
+# --- prompts that are too long
+
+
+@pytest.mark.parametrize("model, most", [("sd1", 32), ("sd3", 256), ("pixart", 20)])
+def test_prompts_that_lose_their_end_are_counted_in_one_line(model, most, capfd):
+    pipe, fits = built(model), "a" * (most - 3)
+    prompts = [fits, *("b" * most + str(i) for i in range(5))]
+    options = {"max_sequence_length": 20} if model == "pixart" else {}
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        warn_of_long(pipe, prompts[:1], options)
+        warn_of_long(pipe, prompts, options)
+    (line,) = [str(w.message) for w in said]
+    assert (
+        line.startswith(f"5 of 6 prompts are cut after {most} tokens") and "number 1 ('bbb" in line
+    )
+    assert "3 ('bbb" in line and "4 ('bbb" not in line and "\n" not in line
+    generate(pipe, prompts[1:2], [0], **SAMPLING | options)
+    assert "truncated" not in capfd.readouterr().err
 
 
 # --- pipelines of other kinds -------------------------------------------------------------------

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -159,6 +160,21 @@ def test_what_cannot_be_collected_is_named_before_a_model_is_loaded(
     with pytest.raises((ValueError, OSError), match=named):
         jobs.collect(parameters(tmp_path / "r") | changes)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("prompts", ["scenes", "full"])
+def test_the_disk_is_looked_at_before_all_captions_are_made(pipe, tmp_path, monkeypatch, prompts):
+    p, made, sample = parameters(tmp_path / "r", prompts=prompts), [], world.sample
+    monkeypatch.setattr(world, "sample", lambda n, rng: made.append(n) or sample(n, rng))
+    room, usage = [6 * (3 * 16 * 32 * 4 + 3 * 16 * 16)], shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=room[0]))
+    for ask in (jobs.plan_of, jobs.collect):
+        with pytest.raises(OSError, match="^n_train: 1000000004 images need .* TB .*41.47 kB free"):
+            ask(p | {"n_train": 10**9}, pipe)
+    assert set(made) == {3}
+    assert jobs.collect(p | {"n_train": 2}, pipe)["new_images"] == 6
+    room[0] = 0  # what is there already needs no more
+    assert len(jobs.plan_of(p | {"n_train": 2}, pipe).prompts) == 6
 
 
 # --- in one process, as in a notebook -----------------------------------------------------------
@@ -440,7 +456,8 @@ def test_afterwards_one_process_finds_it_done(run, launched, monkeypatch):
 def test_only_the_first_of_two_processes_says_what_was_done(launched):
     _, out, err = launched
     assert "moments of 96\n" in out and out.count("train: done; this process held at most") == 1
-    assert "Traceback" not in err and "Warning" not in err
+    assert "Traceback" not in err
+    assert err.count("Warning") == err.count("7 of 10 prompts are cut after 32 tokens") == 1
     assert "collecting:" not in err and "it/s" not in err  # no bars where there is no terminal
 
 

@@ -1,3 +1,5 @@
+import copy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,8 +10,9 @@ import torch
 from conftest import SAMPLING, built
 from diffusers import StableDiffusionPAGPipeline
 
+from helpers.files import load_json, save_json
 from helpers.pipelines.generate import generate
-from helpers.pipelines.loading import denoiser_of, load_pipeline, resolved_revision
+from helpers.pipelines.loading import check_weights, denoiser_of, load_pipeline, resolved_revision
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +34,29 @@ def test_a_pipeline_in_a_folder_is_loaded_as_it_was_saved(pipe, folder):
 def test_a_folder_that_holds_no_model_is_named(tmp_path):
     with pytest.raises(ValueError, match=f"model is '{tmp_path}'"):
         load_pipeline(tmp_path, "cpu")
+
+
+@pytest.mark.parametrize("how", ["not there", "not listed"])
+def test_a_folder_without_a_denoiser_is_told_so(folder, tmp_path, how):
+    shutil.copytree(folder, tmp_path / "m")
+    index = tmp_path / "m" / "model_index.json"
+    if how == "not there":
+        shutil.rmtree(tmp_path / "m" / "unet")
+    else:
+        save_json(index, {k: v for k, v in load_json(index).items() if k != "unet"})
+    with pytest.raises(ValueError, match="model is .*/m'; .*it has no `?unet"):
+        load_pipeline(tmp_path / "m", "cpu")
+
+
+def test_weights_that_are_no_numbers_are_named_when_they_are_loaded(pipe, tmp_path):
+    broken = copy.deepcopy(pipe)
+    with torch.no_grad():
+        broken.text_encoder.get_submodule("final_layer_norm").bias[1] = torch.inf
+    broken.save_pretrained(tmp_path)
+    said = "finite weights, and text_encoder.*final_layer_norm.bias is not, in float32$"
+    with pytest.raises(ValueError, match=f"^model is '{tmp_path}'; .*{said}"):
+        load_pipeline(tmp_path, "cpu")
+    check_weights(pipe.to("cpu"))
 
 
 def test_weights_that_are_not_safetensors_are_refused(folder, tmp_path):

@@ -157,6 +157,12 @@ def test_cached_moments_are_made_once_for_the_same_origin(tmp_path):
     same(cached(path, {"trajectories": "b"}, make), other)
 
 
+def test_where_moments_cannot_be_kept_they_are_not_made(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.access", lambda *_: False)
+    with pytest.raises(OSError, match=f"^run: {tmp_path} cannot be written; .* is read-only$"):
+        cached(tmp_path / "train.safetensors", {}, lambda: pytest.fail("they were"))
+
+
 def test_accumulating_once_reads_the_shards_of_an_origin_only_once(tmp_path):
     path, h = tmp_path / "train.safetensors", recorded()
     shift = torch.ones(h.shape[1], h.shape[3], dtype=torch.float64)

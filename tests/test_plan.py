@@ -44,10 +44,15 @@ def test_kept_tokens_are_a_subset_drawn_by_each_images_own_seed():
 
 def test_sizes_count_tokens_and_images_that_are_kept(pipe):
     plan = tiny_plan("t", tokens_per_image=5, train_images=False)
-    record = {"grid": [4, 4], "channels": 32}
-    sizes = [plan.shard_bytes(i, record, pipe) for i in range(4)]
-    few, all_of_them = (bytes_per_image(2, n, 32, torch.float32) for n in (5, 16))
-    assert sizes == [2 * few, few, all_of_them + 768, all_of_them + 768]
+    found, (few, whole) = (
+        plan.shapes(pipe),
+        (bytes_per_image(2, n, 32, torch.float32) for n in (5, 16)),
+    )
+    assert found == {Tap(TOKENS): (4, 4, 32)}
+    sizes = [plan.bytes_of({split: 3}, found, pipe) for split in ("train", "test")]
+    assert sizes == [(3 * few, 0), (3 * whole, 3 * 768)]
+    twice = tiny_plan("t", "u", taps=[TOKENS, TOKENS])
+    assert twice.bytes_of({"train": 1, "test": 1}, found, pipe) == (4 * whole, 4 * 768)
     assert image_bytes(pipe, {"height": 0, "width": 0}) == 3 * 16 * 16
     assert image_bytes(pipe, {"height": 16, "width": 24}) == 3 * 16 * 24
 
@@ -77,6 +82,7 @@ def test_the_record_holds_what_was_asked_and_what_the_pipeline_says(pipe):
         ({"splits": ["train"] * 4 + ["tset"]}, "split is 'tset'"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"taps": [Tap(TOKENS, branch="both")]}, "branch is 'both'"),
+        ({"store_dtype": "float16"}, "store_dtype is 'float16'; .*torch.float16"),
     ],
 )
 def test_a_plan_that_cannot_be_is_named(changes, named):
@@ -88,7 +94,7 @@ def test_a_plan_that_cannot_be_is_named(changes, named):
     "changes, named",
     [
         ({"taps": ["mid_block.atentions.0"]}, "mid_block.atentions.0.*mid_block.attentions.0"),
-        ({"taps": ["down_blocks"]}, "down_blocks.*down_blocks.0.resnets.0"),
+        ({"taps": ["down_blocks"]}, r"'down_blocks'.*such as down_blocks\.\d"),
         ({"taps": [Tap("conv_in", "update")]}, "conv_in.*update"),
         ({"taps": [Tap(TOKENS, "outputs")]}, "signal.*outputs"),
         ({"steps": [0, 9]}, r"steps.*\[9\].*2"),
@@ -96,6 +102,10 @@ def test_a_plan_that_cannot_be_is_named(changes, named):
         ({"tokens_per_image": -1}, "tokens_per_image is -1"),
         ({"sampling": SAMPLING | {"clip_skp": 1}}, "clip_skp"),
         ({"sampling": SAMPLING | {"height": 16}}, "width"),
+        (
+            {"sampling": SAMPLING | {"clip_skip": 9}},
+            "called with is .*'clip_skip': 9.*Pipeline takes",
+        ),
     ],
 )
 def test_what_a_pipeline_does_not_have_is_named_before_anything_is_written(
@@ -106,6 +116,18 @@ def test_what_a_pipeline_does_not_have_is_named_before_anything_is_written(
         with pytest.raises(ValueError, match=named):
             collect(plan, pipe, only_check=only_check)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("signal", ["output", "update"])
+@pytest.mark.parametrize(
+    "name", ["down_blocks.0.resnets", f"{TOKENS}.atn2.to_k", "up_blocks.1.resnets.7"]
+)
+def test_the_hookpoints_that_are_advised_instead_are_not_refused_next(pipe, name, signal):
+    with pytest.raises(ValueError, match=f"^hookpoint is '{name}'; .*such as ") as refused:
+        tiny_plan("t", taps=[Tap(name, signal)]).check(pipe)
+    advised = str(refused.value).partition("such as ")[2].split(", ")
+    assert len(advised) > 1
+    tiny_plan(*advised, taps=[Tap(hookpoint, signal) for hookpoint in advised]).shapes(pipe)
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path, monkeypatch):
@@ -140,7 +162,8 @@ CHANGES = {
     "split[1]": {"splits": ["train"] * 5},
     "steps[1]": {"steps": [0, 1]},
     "batch_size": {"batch_size": 3},
-    "dtype": {"store_dtype": torch.float16},
+    "store_dtype": {"store_dtype": torch.float16},
+    "dtype": {"about": {"model": "tiny", "model_dtype": "float16"}},
     "model": {"about": {"model": "other"}},
     "tokens_per_image": {"tokens_per_image": 5},
     "train_images": {"train_images": False},

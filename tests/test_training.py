@@ -325,6 +325,25 @@ def test_a_training_that_was_stopped_ends_as_if_it_had_not_been(
     assert len(list(tmp_path.iterdir())) == 1
 
 
+@pytest.mark.parametrize("sizes", [{"n_latents": 10**10}, {"batch_size": 10**10}])
+def test_what_no_memory_could_hold_is_refused_before_it_is_made(sizes):
+    said = (
+        r"^n_latents, sae_batch_size is \(.*10000000000.*; it must be less, .* takes .* TB of mem"
+    )
+    with pytest.raises(ValueError, match=said):
+        train(iter(()), D, replace(TINY, **sizes))
+    parts = replace(TINY, batch_size=10**10, accumulate=10**4)  # by two processes: 500,000 rows
+    assert parts.memory(5, 2) == 4 * (4 * (2 * 5 + 1) * 16 + 500_000 * (16 + 6 * 5))
+
+
+def test_a_training_that_could_not_be_saved_is_not_begun(tmp_path, monkeypatch):
+    done = resumable(sparse_data(32), tmp_path)
+    monkeypatch.setattr("os.access", lambda *_: False)
+    with pytest.raises(OSError, match=f"^checkpoints: {tmp_path} cannot be written"):
+        resumable(stopping_at(0, sparse_data(32)), tmp_path, learning_rate=2e-2)
+    assert same(resumable(stopping_at(0, sparse_data(32)), tmp_path), done)
+
+
 @pytest.mark.process
 def test_a_training_killed_at_random_moments_ends_as_if_it_had_not_been(tmp_path):
     n, dice, fork = 300, random.Random(0), multiprocessing.get_context("fork")

@@ -1,6 +1,8 @@
 """Generating images, each from its own seed, under any diffusers pipeline of images."""
 
 import inspect
+import logging
+import math
 import re
 import warnings
 from contextlib import contextmanager, suppress
@@ -13,6 +15,7 @@ from tqdm.auto import tqdm
 
 from helpers.checks import refuse
 from helpers.pipelines.calls import numbered
+from helpers.pipelines.loading import check_weights
 
 
 def generate(pipe, prompts, seeds, **sampling) -> np.ndarray:
@@ -30,14 +33,22 @@ def generate(pipe, prompts, seeds, **sampling) -> np.ndarray:
     try:
         with torch.no_grad(), _no_other_noise(pipe):
             made = pipe(**arguments, generator=generators, output_type="np")
-    except TypeError as error:
-        if "BFloat16" not in str(error):
-            raise
-        valid = f"'float32' or 'float16', in which {type(pipe).__name__} can hand out images"
-        refuse("dtype", "bfloat16", valid)
+    except (AttributeError, TypeError) as error:
+        scheduler, kind = type(getattr(pipe, "scheduler", None)).__name__, type(pipe).__name__
+        if "BFloat16" in str(error):
+            valid = f"'float32' or 'float16', in which {kind} can hand out images"
+            refuse("dtype", "bfloat16", valid)
+        if scheduler in str(error):
+            refuse("scheduler", scheduler, f"one that {kind} can run ({error})")
+        raise
     if not hasattr(made, "images"):
         refuse("model", type(pipe).__name__, f"a pipeline that makes images, not {', '.join(made)}")
-    return np.asarray(made.images).astype(np.float32, copy=False)
+    images = np.asarray(made.images).astype(np.float32, copy=False)
+    if not np.isfinite(images).all():
+        check_weights(pipe)
+        valid = "a wider one, or guidance and edits weaker; images hold NaN or infinity"
+        refuse("dtype", str(pipe.dtype).removeprefix("torch."), valid)
+    return images
 
 
 def generate_all(pipe, prompts, seeds, batch_size, *, desc=None, **sampling) -> np.ndarray:
@@ -93,6 +104,32 @@ def _exchangeable(pipe) -> list[str]:
         valid = "one with callback_on_step_end for all by which prompts reach the denoiser"
         refuse("model", type(pipe).__name__, valid)
     return names
+
+
+def warn_of_long(pipe, prompts, sampling: dict, silent=False) -> None:
+    """Warn, once and in one line, of prompts that each of the pipeline's tokenizers cuts."""
+    taken = inspect.signature(pipe.__call__).parameters
+    default = getattr(taken.get("max_sequence_length"), "default", None)
+    asked, most = sampling.get("max_sequence_length", default) or math.inf, 0
+    tokenizers = [t for t in pipe.components.values() if hasattr(t, "model_max_length")]
+    cut = range(len(prompts)) if tokenizers else ()
+    for t in tokenizers:
+        limit = t.model_max_length if "CLIP" in type(t).__name__ else min(t.model_max_length, asked)
+        # a token takes a byte or more, but for a few at the ends
+        cut = [i for i in cut if len(prompts[i].encode()) + 4 > limit]
+        cut = [i for i in cut if len(t(prompts[i], verbose=False).input_ids) > limit]
+        most = max(most, limit)
+    if cut:
+        some = ", ".join(f"{i} ({prompts[i][:40]!r}…)" for i in cut[:3]) + ", …" * (len(cut) > 3)
+        which = f"{len(cut)} of {len(prompts)} prompts are cut after {most} tokens: number {some}"
+        if not silent:
+            warnings.warn(which, stacklevel=3)
+        for handler in logging.getLogger("diffusers").handlers:  # it would say so for each batch
+            handler.addFilter(_not_of_cut_prompts)
+
+
+def _not_of_cut_prompts(record: logging.LogRecord) -> bool:
+    return "was truncated because" not in record.getMessage()
 
 
 def arguments_of(pipe, prompts, sampling: dict) -> dict:

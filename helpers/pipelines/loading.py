@@ -1,6 +1,7 @@
 """Loading a diffusers pipeline, and finding its denoiser, the network called at every step."""
 
 import logging
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -27,6 +28,7 @@ def load_pipeline(model: str | Path, device: str = "auto", dtype: str = "auto", 
         refuse("model", str(model), f"a folder or hub name with safetensors weights ({reason})")
     pipe.set_progress_bar_config(disable=True)
     pipe.to(device)
+    check_weights(pipe, str(model))
     for part in pipe.components.values() if device == "cpu" else ():
         if isinstance(part, torch.nn.Module) and not any(w.ndim == 5 for w in part.parameters()):
             # convolutions take a seventh less time; 5 axes are video's, which has no such order
@@ -41,7 +43,14 @@ def _from_pretrained(model, precision: torch.dtype, revision: str | None):
     diffusers_logging.disable_progress_bar()
     no_bars_for_weights()
     options = {"dtype": precision, "use_safetensors": True, "revision": revision}
-    if "safety_checker" in DiffusionPipeline.load_config(model, revision=revision):
+    listed = DiffusionPipeline.load_config(model, revision=revision)
+    parts = {k for k, v in listed.items() if isinstance(v, list) and v and isinstance(v[0], str)}
+    there = {k for k in parts if not Path(model).is_dir() or (Path(model) / k).is_dir()}
+    if lacking := sorted(parts - there - {"safety_checker"}):
+        raise ValueError(f"it has no {', '.join(lacking)}")
+    if not parts & {"unet", "transformer"}:
+        raise ValueError(f"it has no unet and no transformer, but {', '.join(sorted(parts))}")
+    if "safety_checker" in listed:
         # it would blacken images that research needs to see
         options |= {"safety_checker": None, "requires_safety_checker": False}
     return DiffusionPipeline.from_pretrained(model, **options)
@@ -56,6 +65,19 @@ def no_bars_for_weights() -> None:
     transformers_logging.disable_progress_bar()
     if not hub_is_silent:
         enable_progress_bars()
+
+
+def check_weights(pipe, model: str = "") -> None:
+    """ValueError names a tensor of the pipeline's networks that holds NaN or infinity."""
+    for part, module in pipe.components.items():
+        weights = module.named_parameters() if isinstance(module, torch.nn.Module) else ()
+        for name, w in weights:
+            with suppress(RuntimeError, TypeError):  # offloaded, or quantised: not readable
+                # a sum is quick, and finite unless a weight is not, or it overflows
+                if not w.sum().isfinite() and not w.isfinite().all():
+                    dtype = str(w.dtype).removeprefix("torch.")
+                    valid = f"one of finite weights, and {part}.{name} is not, in {dtype}"
+                    refuse("model", model or type(pipe).__name__, valid)
 
 
 def resolved_revision(model: str | Path, revision: str = "") -> str:

@@ -17,14 +17,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from helpers.checks import choose_dtype, positive, refuse
+from helpers.checks import choose_dtype, positive
 from helpers.files import in_units
 from helpers.pipelines.loading import denoiser_of
 from helpers.run.folder import load_model
-from helpers.run.jobs import sampling_of, taps_of
+from helpers.run.jobs import one_each, plan_of
 from helpers.run.parameters import parameters_for
-from helpers.store.plan import image_bytes
-from helpers.trajectories import bytes_per_image, hookpoints, kept_steps, shapes
+from helpers.store.plan import SPLITS
+from helpers.training.loop import TrainConfig
+from helpers.trajectories import refuse_absent, shapes
 
 
 class PeakMemory(TorchDispatchMode):
@@ -77,44 +78,37 @@ def estimate(name: str, pipe=None, tflops: float = 60.0) -> dict[str, float]:
     p, training = parameters_for("01", name), parameters_for("03", name)
     rate = positive("tflops", tflops) * 1e12 * 3600  # operations an hour
     pipe = pipe or load_model(p["model"], p["device"], p["dtype"], p["revision"])
-    sampling, taps, prompt = sampling_of(p), list(taps_of(p).values()), "a photograph of a dog"
-    found, flops, peak = one_call(pipe, prompt, taps, **sampling)
+    plan, prompt = plan_of(one_each(p) | {"prompts": "none"}), "a photograph of a dog"
+    taps = list(plan.taps.values())
+    found, flops, peak = one_call(pipe, prompt, taps, **plan.sampling)
+    refuse_absent(pipe, taps, found, prompt, **plan.sampling)
     flops *= p["num_inference_steps"]
-    n_steps = len(kept_steps(p["steps"], p["num_inference_steps"], p["n_keep"]))
-    n_train, n_others = p["n_train"], p["n_validation"] + p["n_test"]
-    n_images, dtype, activations = n_train + n_others, choose_dtype(p["store_dtype"]), 0
-    for tap in taps:
-        if tap not in found:
-            known = ", ".join(hookpoints(pipe, prompt, **sampling))
-            refuse("hookpoint", tap.hookpoint, f"called, with a grid of tokens, such as {known}")
-        rows, columns, channels = found[tap]
-        n_tokens = n_train * (p["tokens_per_image"] or rows * columns) + n_others * rows * columns
-        activations += bytes_per_image(n_steps, n_tokens, channels, dtype)
-    n_pictures = (n_images if p["train_images"] else n_others) * len(taps)
+    n_of = {split: p[f"n_{split}"] for split in SPLITS}
+    n_images = sum(n_of.values())
+    activations, pictures = plan.bytes_of(n_of, found, pipe)
     modules = [c for c in pipe.components.values() if isinstance(c, torch.nn.Module)]
     weights = sum(w.numel() * w.element_size() for m in modules for w in m.parameters())
     # the model may have been loaded in another precision than it will run in on the GPU
     precision = choose_dtype(p["dtype"], torch.float16)
     shrink = precision.itemsize / next(denoiser_of(pipe).parameters()).element_size()
     rows, columns, channels = found[taps[0]]
-    d_in, m, batch = n_steps * channels, training["n_latents"], training["sae_batch_size"]
-    sae, codes = (2 * d_in + 1) * m * 4, batch * (m + 6 * d_in) * 4 // training["accumulate"]
+    d_in, c = len(plan.steps) * channels, TrainConfig.of(training)
+    sae = (2 * d_in + 1) * c.n_latents * 4
     return {
         "images": n_images,
         "numbers a trajectory": d_in,
         "activations on disk, B": activations,
-        "images on disk, B": image_bytes(pipe, sampling) * n_pictures,
+        "images on disk, B": pictures,
         "collecting an image, FLOP": flops,
         "collecting hours": flops * n_images / rate,
         "collecting GPU memory, B": int((weights + peak * p["batch_size"]) * shrink),
         # the hand-written step, twice the product of encoding
-        "training hours": 4 * d_in * m * training["n_updates"] * batch / rate,
-        # weights, gradient and Adam's two moments; codes, and six copies of the batch
-        "training GPU memory, B": 4 * sae + codes,
+        "training hours": 4 * d_in * c.n_latents * c.n_updates * c.batch_size / rate,
+        "training GPU memory, B": c.memory(d_in),
         "SAE on disk, B": sae,
         "checkpoint on disk, B": 3 * sae,
-        "moments on disk, B": 2 * 2 * n_steps * channels**2 * 8,
-        "notebook 05 memory, B": 8 * d_in * rows * columns * n_others,
+        "moments on disk, B": 2 * 2 * len(plan.steps) * channels**2 * 8,
+        "notebook 05 memory, B": 8 * d_in * rows * columns * (n_images - n_of["train"]),
     }
 
 

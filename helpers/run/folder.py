@@ -1,6 +1,5 @@
 """A run: the folder in which notebooks hand on files, each held against what it was made from."""
 
-import os
 import platform
 import re
 import subprocess
@@ -14,7 +13,7 @@ import torch
 from helpers.checks import choose_device, choose_dtype, refuse
 from helpers.demo.truth import Scenes
 from helpers.dictionary import Dictionary
-from helpers.files import digest, load_json, load_tensors, save_json
+from helpers.files import check_writable, digest, load_json, load_tensors, save_json
 from helpers.measure.encoders import Encoder, Judge
 from helpers.measure.lpips import LPIPS
 from helpers.measure.words import Words
@@ -55,9 +54,8 @@ class Run:
         self.notebook, self.name = notebook, values["run"]
         self.folder, self.figures = run_folder(self.name), figures_folder(self.name)
         for folder in (self.folder, self.figures):
-            there = next(p for p in (folder, *folder.parents) if p.exists())
-            if not there.is_dir() or not os.access(there, os.W_OK):
-                refuse("run", self.name, f"in a folder that can be written in; {there} is not")
+            check_writable(folder)
+        check_writable(self.folder / "metrics", f"{notebook}.json")
         self.device, self.dtype = choose_device(values["device"]), choose_dtype(values["dtype"])
 
     def path(self, what: str) -> Path:

@@ -37,18 +37,26 @@ from helpers.training.dictionaries import train_dictionary
 from helpers.training.loop import History, TrainConfig
 from helpers.trajectories import Tap, kept_steps
 
+MADE = ("scenes", "full", "none")  # prompts of which there are as many as are asked for
 SET_BY_COLLECTING = (  # not to be given as arguments of a pipeline's call
     *("pipe", "prompt", "class_labels", "seeds", "generator", "taps", "tokens"),
     *("output_type", "return_dict", "num_images_per_prompt"),
 )
 
 
-def plan_of(parameters: dict) -> Plan:
+def plan_of(parameters: dict, pipe=None) -> Plan:
     """The collection that notebook 01's parameters ask for; ValueError names one that cannot be.
 
-    A hub model's revision is on record once the model has been loaded, so load it before.
+    A hub model's revision is on record once the model has been loaded, so load it before. With the
+    pipeline, captions are not made before the disk is known to have room for all images.
     """
     p = parameters
+    if pipe is not None and p["prompts"] in MADE:
+        few, n_of = plan_of(one_each(p)), {split: p[f"n_{split}"] for split in SPLITS}
+        shards = (path for folder in few.taps for path in folder.glob("shard-*.safetensors"))
+        there = sum(path.stat().st_size for path in shards)
+        need = sum(few.bytes_of(n_of, few.shapes(pipe), pipe)) - there
+        collecting.check_room(next(iter(few.taps)), need, sum(n_of.values()))
     revision = resolved_revision(p["model"], p["revision"])
     return Plan(
         taps_of(p),
@@ -61,11 +69,15 @@ def plan_of(parameters: dict) -> Plan:
     )
 
 
+def one_each(parameters: dict) -> dict:
+    """These parameters for one image of each split."""
+    return parameters | {f"n_{split}": 1 for split in SPLITS}
+
+
 def prompts_of(parameters: dict) -> tuple[list[str], list[int], list[str]]:
     """Prompt, seed and split of each image; image i has seed `seed` · 1000000 + i."""
     p = parameters
-    splits = [split for split in SPLITS for _ in range(p[f"n_{split}"])]
-    n = len(splits)
+    n = sum(p[f"n_{split}"] for split in SPLITS)
     if p["prompts"] in ("scenes", "full"):
         scenes = world.sample(n, np.random.default_rng([p["seed"], 10]))
         if p["prompts"] == "scenes":
@@ -79,6 +91,7 @@ def prompts_of(parameters: dict) -> tuple[list[str], list[int], list[str]]:
     if len(prompts) < n:
         wanted = f"at least {n}, which n_train + n_validation + n_test make"
         refuse(f"the number of prompts in {p['prompts']!r}", len(prompts), wanted)
+    splits = [split for split in SPLITS for _ in range(p[f"n_{split}"])]
     return prompts, [p["seed"] * 1_000_000 + i for i in range(n)], splits
 
 
@@ -130,11 +143,13 @@ def collect(parameters: dict, pipe=None, share: tuple[int, int] = (0, 1)) -> dic
     p = parameters
     in_range("num_shards", share[1], 1)
     in_range("shard_index", share[0], 0, share[1] - 1)
-    plan = plan_of(p)  # all that can be wrong, before a model is loaded
+    made = p["prompts"] in MADE
+    plan = plan_of(one_each(p) if made else p)  # all that can be wrong, before a model is loaded
     plan.check_folders()
     accelerator = accelerator_of(p)
     device = str(accelerator.device) if accelerator else p["device"]
     pipe = pipe or load_model(p["model"], device, p["dtype"], p["revision"])
+    plan = plan_of(p, pipe) if made else plan
     plan.about["revision"] = resolved_revision(p["model"], p["revision"])
     return collecting.collect(plan, pipe, accelerator=accelerator, share=share)
 

@@ -32,7 +32,8 @@ RULES = {  # parameter -> what refuses a bad value of it, or a bad entry if it i
     "store_dtype": partial(one_of, valid=tuple(DTYPES)),
     "device": lambda name, value: choose_device(value),
 }
-ANY_OTHER_COUNT = partial(in_range, low=1)  # the rule of whole numbers that have none of their own
+# the rule of whole numbers that have none of their own
+ANY_OTHER_COUNT = partial(in_range, low=1, high=10**12)
 NEVER_EMPTY = ("strengths", "hookpoint", "model", "prompts")
 
 KINDS = {  # type as written -> whether a value is of it, in words

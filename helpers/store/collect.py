@@ -9,7 +9,7 @@ import platform
 import re
 import shutil
 import time
-from collections import deque
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from importlib.metadata import version
@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from helpers.checks import in_range, refuse
 from helpers.files import digest, in_units, load_tensors, save_json, save_tensors, save_text
+from helpers.pipelines.generate import warn_of_long
 from helpers.store.plan import Plan, load_record, shard_path
 from helpers.trajectories import record_all
 
@@ -36,6 +37,8 @@ def collect(plan: Plan, pipe, *, accelerator=None, share=(0, 1), only_check=Fals
     index, parts = share
     in_range("num_shards", parts, 1)
     in_range("shard_index", index, 0, parts - 1)
+    is_main = accelerator is None or accelerator.is_main_process
+    warn_of_long(pipe, plan.prompts, plan.sampling, silent=not is_main)
     folders = [_Folder(path, record, plan) for path, record in plan.check(pipe).items()]
     if accelerator is not None:
         index = index * accelerator.num_processes + accelerator.process_index
@@ -46,10 +49,12 @@ def collect(plan: Plan, pipe, *, accelerator=None, share=(0, 1), only_check=Fals
     todo = [i for i in own if not all(f.intact(i) for f in folders)]
     lacking = {*todo, *_absent(folders)}
     if todo:
-        _check_disk(folders, pipe, lacking)
+        n_of = Counter(plan.splits[j] for i in lacking for j in plan.shards[i])
+        sizes = [(*f.record["grid"], f.record["channels"]) for f in folders]
+        need = sum(plan.bytes_of(n_of, dict(zip(plan.taps.values(), sizes)), pipe))
+        check_room(folders[0].path, need, plan.n_images(lacking))
     if only_check:
         return {"new_images": 0, "new_seconds": 0.0, "missing_images": plan.n_images(lacking)}
-    is_main = accelerator is None or accelerator.is_main_process
     wait = accelerator.wait_for_everyone if accelerator else lambda: None
     wait()  # all have looked at the disk before any of them writes
     start = time.perf_counter()
@@ -147,15 +152,13 @@ def _absent(folders: list[_Folder]) -> list[int]:
     return [i for i in every if not all(shard_path(f.path, i).exists() for f in folders)]
 
 
-def _check_disk(folders: list[_Folder], pipe, shards: set[int]) -> None:
-    """OSError if there is no room for these shards, other processes' included."""
-    plan, path = folders[0].plan, folders[0].path
-    path.mkdir(parents=True, exist_ok=True)
-    need = sum(plan.shard_bytes(i, f.record, pipe) for f in folders for i in shards)
-    free = shutil.disk_usage(path).free
+def check_room(folder: Path, need: int, n_images: int) -> None:
+    """OSError if a folder's disk has no room for so many bytes, those of so many images."""
+    there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    free = shutil.disk_usage(there).free
     if need > free:
         raise OSError(
-            f"n_train: {plan.n_images(shards)} images need {in_units(need)} in {path}, which has"
+            f"n_train: {n_images} images need {in_units(need)} in {folder}, which has"
             f" {in_units(free)} free; choose fewer images, steps or tokens_per_image"
         )
 

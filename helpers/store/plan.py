@@ -16,11 +16,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from helpers.checks import in_range, one_of, refuse
-from helpers.files import load_json
+from helpers.checks import DTYPES, in_range, one_of, refuse
+from helpers.files import check_writable, load_json
 from helpers.pipelines.calls import BRANCHES
 from helpers.pipelines.loading import denoiser_of
-from helpers.trajectories import Tap, bytes_per_image, hookpoints, shapes, times_of
+from helpers.trajectories import Tap, bytes_per_image, refuse_absent, shapes, times_of
 
 SPLITS = ("train", "validation", "test")
 RECORDED = (  # what every begun.json and manifest.json holds, among others
@@ -28,6 +28,7 @@ RECORDED = (  # what every begun.json and manifest.json holds, among others
     *("tokens_per_image", "train_images", "hookpoint", "signal", "branch", "batch_size"),
 )
 IN_MANIFEST = ("shards", "images_of_shard")
+PARAMETERS = {"dtype": "store_dtype", "model_dtype": "dtype"}  # of other names than on record
 # with these, what follows from a Plan and the pipeline
 NOT_CHOSEN = ("scheduler", "weights", "sigmas", "versions", *IN_MANIFEST)
 
@@ -59,6 +60,7 @@ class Plan:
         for tap in self.taps.values():
             one_of("branch", tap.branch, BRANCHES)
         in_range("batch_size", self.batch_size, 1)
+        one_of("store_dtype", self.store_dtype, DTYPES.values())
 
     @staticmethod
     def of_record(folder: Path, record: dict) -> Plan:
@@ -96,21 +98,37 @@ class Plan:
         tokens = [draw.permutation(n_tokens)[: self.tokens_per_image] for draw in draws]
         return torch.from_numpy(np.sort(tokens, axis=1))
 
-    def shard_bytes(self, i: int, record: dict, pipe) -> int:
-        """What shard i of a folder with that record takes on disk."""
-        tokens = self.tokens_per_image if self.is_train(i) else 0
-        n_tokens = tokens or record["grid"][0] * record["grid"][1]
-        size = bytes_per_image(len(self.steps), n_tokens, record["channels"], self.store_dtype)
-        if self.with_images(i):
-            size += image_bytes(pipe, self.sampling)
-        return len(self.shards[i]) * size
+    def bytes_of(self, n_images: dict[str, int], found: dict, pipe) -> tuple[int, int]:
+        """What so many images of each split take on disk: activations, and images beside them.
+
+        `found` holds the taps' token rows, columns and channels, as `shapes` gives them.
+        """
+        activations = pictures = 0
+        for rows, columns, channels in (found[tap] for tap in self.taps.values()):
+            for split, n in n_images.items():
+                is_train = split == "train"
+                tokens = (is_train and self.tokens_per_image) or rows * columns
+                size = bytes_per_image(len(self.steps), tokens, channels, self.store_dtype)
+                activations += n * size
+                if self.train_images or not is_train:
+                    pictures += n * image_bytes(pipe, self.sampling)
+        return activations, pictures
+
+    def shapes(self, pipe) -> dict[Tap, tuple[int, int, int]]:
+        """Token rows, token columns and channels of each tap; ValueError for one that has none."""
+        taps, prompt = list(self.taps.values()), self.prompts[0]
+        found = shapes(pipe, taps, prompt, **self.sampling)
+        refuse_absent(pipe, taps, found, prompt, **self.sampling)
+        for rows, columns, _ in found.values():
+            in_range("tokens_per_image", self.tokens_per_image, 0, rows * columns)
+        return found
 
     def check(self, pipe) -> dict[Path, dict]:
         """Call the denoiser once, and say what each folder's record is to hold.
 
         ValueError for what this pipeline does not have, or a folder begun with other settings.
         """
-        found = shapes(pipe, list(self.taps.values()), self.prompts[0], **self.sampling)
+        found = self.shapes(pipe)
         times = times_of(pipe.scheduler, self.steps)
         # what must be the same for another image to be added to a folder
         common = {f.name: getattr(self, f.name) for f in fields(Plan) if f.name in RECORDED}
@@ -124,12 +142,7 @@ class Plan:
         }
         records = {}
         for folder, tap in self.taps.items():
-            if tap not in found:
-                known = list(hookpoints(pipe, self.prompts[0], **self.sampling))
-                valid = f"called, with a grid of tokens as {tap.signal}, such as {', '.join(known)}"
-                refuse("hookpoint", tap.hookpoint, valid)
             rows, columns, channels = found[tap]
-            in_range("tokens_per_image", self.tokens_per_image, 0, rows * columns)
             settings = common | tap._asdict()
             refuse_other_settings(folder, settings)
             records[folder] = settings | times | {"grid": [rows, columns], "channels": channels}
@@ -139,12 +152,8 @@ class Plan:
     def check_folders(self) -> None:
         """OSError unless each folder can be written in; a finished one need not be."""
         for folder in self.taps:
-            if os.path.exists(folder / "manifest.json"):
-                continue
-            there = next(p for p in (folder, *folder.absolute().parents) if os.path.exists(p))
-            if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-                what = "read-only" if there.is_dir() else "no folder"
-                raise OSError(f"run: {folder} cannot be written; {there} is {what}")
+            if not os.path.exists(folder / "manifest.json"):
+                check_writable(folder)
 
 
 def image_bytes(pipe, sampling: dict) -> int:
@@ -201,7 +210,8 @@ def refuse_other_settings(folder: Path, described: dict) -> None:
         del now["sampling"]
         for name, value in now.items():
             if before.get(name) != value:
-                where, old, new = _first_difference(name, before.get(name), value)
+                name, old = PARAMETERS.get(name, name), before.get(name)
+                where, old, new = _first_difference(name, old, value)
                 refuse(where, new, f"{old!r:.80}, as {folder} was made with, or give another run")
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from helpers.checks import in_range, positive, refuse
-from helpers.files import load_tensors, save_tensors
+from helpers.checks import in_range, memory, positive, refuse
+from helpers.files import check_writable, in_units, load_tensors, save_tensors
 from helpers.sae import SAE
 from helpers.training.sparse_step import SparseStep
 
@@ -41,6 +41,21 @@ class TrainConfig:
         positive("learning_rate", self.learning_rate)
         # the variance within a part needs two inputs
         in_range("sae_batch_size", self.batch_size, 2 * self.accumulate)
+
+    def memory(self, d_in: int, n_processes: int = 1) -> int:
+        """Bytes: weights, gradient and Adam's two moments; codes, and six copies of the batch."""
+        weights = (2 * d_in + 1) * self.n_latents
+        rows = self.batch_size // (self.accumulate * n_processes)
+        return 4 * (4 * weights + rows * (self.n_latents + 6 * d_in))
+
+    def check_memory(self, d_in: int, device, n_processes: int = 1) -> None:
+        """ValueError if the device could not hold what training on inputs of that width takes."""
+        need, there = self.memory(d_in, n_processes), memory(device)
+        if need > there:
+            valid = (
+                f"less, as that takes {in_units(need)} of memory, and there are {in_units(there)}"
+            )
+            refuse("n_latents, sae_batch_size", (self.n_latents, self.batch_size), valid)
 
     @staticmethod
     def of(parameters: dict) -> TrainConfig:
@@ -86,12 +101,15 @@ def train(
     # MPS has no sparse products
     device = "cpu" if str(device).startswith("mps") else device
     device = accelerator.device if accelerator else device
+    config.check_memory(d_in, device, accelerator.num_processes if accelerator else 1)
     training = (training or Training)(d_in, config, device, accelerator)
     settings = (record or {}) | {"d_in": d_in} | asdict(config)
     path = checkpoints and _checkpoint(Path(checkpoints), label, settings)
     if path and path.exists():
         training.resume(path)
     done, n_updates, history = training.done, config.n_updates, training.history
+    if path and done < n_updates:
+        check_writable(path.parent, path.name, name="checkpoints")
     main = accelerator is None or accelerator.is_main_process
     quiet = not main or done == n_updates or None  # None: shown in notebooks and terminals
     start = time.perf_counter() - history.seconds
