@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import some_predictors
+from encoders import encoder
 
 from helpers import coordinates, files
 from helpers.dictionary import untrained
+from helpers.measure.encoders import Encoder, Judge
+from helpers.measure.lpips import LPIPS
 from helpers.run import folder, parameters
 from helpers.run.folder import Run
 from helpers.training.loop import History, TrainConfig
@@ -230,4 +233,23 @@ def test_prompts_without_a_word_are_the_worlds_only_with_its_model(prompts, mode
     store = SimpleNamespace(
         prompts=prompts, manifest={"model": model}, images=lambda *_: np.zeros((1, 64, 64, 3))
     )
-    assert type(Run.truth.func(SimpleNamespace(store=store))).__name__ == expected
+    run = SimpleNamespace(store=store, parameters={"judge": ""})
+    assert type(Run.truth.func(run)).__name__ == expected
+
+
+def test_an_encoder_judges_where_the_demo_world_does_not(monkeypatch, tmp_path):
+    shown = np.random.default_rng(0).random((4, 40, 40, 3), np.float32)
+    store = SimpleNamespace(prompts=["a dog", "a cat"] * 2, manifest={"model": "another/model"})
+    store.images, store.prompts_of = (lambda *_: shown), (lambda _: store.prompts)
+    files.save_tensors(tmp_path / "w.safetensors", LPIPS().state_dict())
+    monkeypatch.setattr(Encoder, "load", lambda name, device: encoder(name))
+    given = {"judge": "clip", "lpips": str(tmp_path / "w.safetensors")}
+    run = SimpleNamespace(store=store, parameters=given, device="cpu")
+    judge = Run.truth.func(run)
+    assert isinstance(judge, Judge) and set(judge.auroc) == {"word=dog", "word=cat"}
+    assert "LPIPS" in judge.outcome("word=dog", shown, shown)
+    run.parameters = given | {"lpips": ""}
+    assert "LPIPS" not in Run.truth.func(run).outcome("word=dog", shown, shown)
+    store.prompts, store.manifest["model"] = ["", ""], "demo"
+    store.images = lambda *_: np.zeros((1, 64, 64, 3))
+    assert type(Run.truth.func(run)).__name__ == "Scenes"

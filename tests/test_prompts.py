@@ -133,6 +133,15 @@ def test_a_dataset_on_the_hub_is_streamed(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert read_prompts("owner/some-name", 3, "caption") == ["prompt 0", "prompt 2", "prompt 4"]
-    assert asked == [("owner/some-name", "train", True)] and len(drawn) < 20
+    assert asked == [("owner/some-name", "train", True)]
+    assert len(drawn) < 20 and drawn == sorted(set(drawn))  # no row is fetched twice
     with pytest.raises(ValueError, match="prompt_column is 'prompt'.*caption, other"):
         read_prompts("owner/some-name", 3)
+
+
+def test_of_parquet_no_other_column_is_fetched(source, monkeypatch):
+    path, asked, load = source("p.parquet", "caption"), [], datasets.load_dataset
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda *a, **k: asked.append(k.get("columns")) or load(*a, **k)
+    )
+    assert read_prompts(path, 3, "caption") == PROMPTS[:3] and asked == [None, ["caption"]]

@@ -17,10 +17,11 @@ def measure(truth, target: str, before, after, weights, grid) -> dict:
     """What steering in a region, weights (image, token), did to each image, (image,).
 
     The truth's outcome and its 'success × kept', if it can judge the target, a label as
-    'colour=red'; 'inside' and 'outside': sums of absolute pixel change and of weights.
+    'colour=red'; 'inside' and 'outside': sums of absolute pixel change and of weights. What
+    comes as such a pair is summarised as a ratio.
     """
     outcome = dict(truth.outcome(target, before, after)) if "=" in target else {}
-    if outcome:
+    if {"success", "kept"} <= set(outcome):
         outcome[GAIN] = outcome["success"] * outcome["kept"]
     change = abs(after - before).mean(-1)
     tokens = torch.from_numpy(weights).double().unflatten(1, tuple(grid))[:, None]

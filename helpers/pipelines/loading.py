@@ -39,15 +39,9 @@ def load_pipeline(model: str | Path, device: str = "auto", dtype: str = "auto", 
 def _from_pretrained(model, precision: torch.dtype, revision: str | None):
     from diffusers import DiffusionPipeline
     from diffusers.utils import logging as diffusers_logging
-    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
-    from transformers.utils import logging as transformers_logging
 
-    # no bars for reading weights; downloads keep theirs, which transformers would turn off as well
     diffusers_logging.disable_progress_bar()
-    hub_is_silent = are_progress_bars_disabled()
-    transformers_logging.disable_progress_bar()
-    if not hub_is_silent:
-        enable_progress_bars()
+    no_bars_for_weights()
     options = {"dtype": precision, "use_safetensors": True, "revision": revision}
     listed = DiffusionPipeline.load_config(model, revision=revision)
     parts = {k for k, v in listed.items() if isinstance(v, list) and v and isinstance(v[0], str)}
@@ -60,6 +54,17 @@ def _from_pretrained(model, precision: torch.dtype, revision: str | None):
         # it would blacken images that research needs to see
         options |= {"safety_checker": None, "requires_safety_checker": False}
     return DiffusionPipeline.from_pretrained(model, **options)
+
+
+def no_bars_for_weights() -> None:
+    """Let transformers read weights silently; downloads keep their bars, which it would take."""
+    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+    from transformers.utils import logging as transformers_logging
+
+    hub_is_silent = are_progress_bars_disabled()
+    transformers_logging.disable_progress_bar()
+    if not hub_is_silent:
+        enable_progress_bars()
 
 
 def check_weights(pipe, model: str = "") -> None:

@@ -14,6 +14,8 @@ from helpers.checks import choose_device, choose_dtype, refuse
 from helpers.demo.truth import Scenes
 from helpers.dictionary import Dictionary
 from helpers.files import check_writable, digest, load_json, load_tensors, save_json
+from helpers.measure.encoders import Encoder, Judge
+from helpers.measure.lpips import LPIPS
 from helpers.measure.words import Words
 from helpers.pipelines.loading import load_pipeline
 from helpers.plots.style import save_figure
@@ -98,14 +100,23 @@ class Run:
         return found
 
     @cached_property
-    def truth(self) -> Scenes | Words:
+    def truth(self) -> Scenes | Words:  # a Judge is Words, too
         """Who says what is in an image: the demo world about its own, else the prompts' words.
 
-        Prompts without a word are the world's only if the images are the shipped model's.
+        Prompts without a word are the world's only if the images are the shipped model's. Where the
+        notebook names an encoder as `judge`, it says what images show of those words; it is held
+        against the validation images before, and measures LPIPS if `lpips` names its weights.
         """
         prompts, shape = self.store.prompts, self.store.images("test", [0]).shape[1:]
         own = any(prompts) or self.store.manifest["model"] == "demo"
-        return Scenes() if own and Scenes.describes(prompts, shape) else Words(prompts)
+        if own and Scenes.describes(prompts, shape):
+            return Scenes()
+        judge, weights = (self.parameters.get(name) for name in ("judge", "lpips"))
+        if not judge:
+            return Words(prompts)
+        lpips = LPIPS.load(weights, self.device) if weights else None
+        judge = Judge(Encoder.load(judge, self.device), prompts, lpips=lpips)
+        return judge.calibrate(self.store.prompts_of("validation"), self.store.images("validation"))
 
     def pipeline(self):
         """The diffusion model: `model` in notebook 01, afterwards the one that was recorded."""

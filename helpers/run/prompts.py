@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from contextlib import suppress
 from pathlib import Path
 
 from helpers.checks import refuse
@@ -34,7 +35,10 @@ def read_prompts(source: str | Path, n: int | None = None, column: str = "prompt
 
 
 def _column(source: str | Path, path: Path, column: str):
-    """A column of a table, or of a dataset on the hub, row by row; None for an empty cell."""
+    """A column of a table, or of a dataset on the hub, row by row; None for an empty cell.
+
+    Of Parquet, no other column is fetched.
+    """
     import datasets
 
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # no one need know which files are read here
@@ -43,12 +47,18 @@ def _column(source: str | Path, path: Path, column: str):
         name, options = TABLES[path.suffix], {"data_files": str(path)}
     if path.suffix == ".tsv":
         options["sep"] = "\t"
+    options |= {"split": "train", "streaming": True}
     try:
-        table = datasets.load_dataset(name, split="train", streaming=True, **options)
-        first = next(iter(table), {column: None})
+        table = datasets.load_dataset(name, **options)
+        if column in (table.column_names or ()):
+            with suppress(TypeError, ValueError):  # other formats cannot leave columns unread
+                table = datasets.load_dataset(name, columns=[column], **options)
+        rows = iter(table)
+        first = next(rows, {column: None})
     except Exception as error:  # whatever a parser or the network makes of it
         why = (str(error) or type(error).__name__).splitlines()[0][:200]
         refuse("prompts", str(source), f"a table, or a dataset with a training split ({why})")
     if column not in first:
         refuse("prompt_column", column, f"a column of {source}: {', '.join(first)}")
-    return (None if row[column] is None else str(row[column]) for row in table)
+    rows = itertools.chain([first], rows)
+    return (None if row[column] is None else str(row[column]) for row in rows)
