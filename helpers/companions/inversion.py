@@ -45,9 +45,13 @@ def invert(pipe, images, prompts, tap, steps, *, fresh_noise: bool = False, **sa
         refuse("model", type(pipe).__name__, "a pipeline with a `vae`, such as Stable Diffusion's")
     forward, n = pipe.scheduler, sampling["num_inference_steps"]
     reverse = _Reverse.from_config(forward.config)
-    for scheduler in (forward, reverse):
-        scheduler.set_timesteps(n)
-    if forward.timesteps.tolist() != reverse.timesteps.flip(0).tolist():
+    try:
+        for scheduler in (forward, reverse):
+            scheduler.set_timesteps(n)
+        alike = forward.timesteps.tolist() == reverse.timesteps.flip(0).tolist()
+    except ValueError:  # they are spaced as DDIM's cannot be
+        alike = False
+    if not alike:
         refuse("scheduler", type(forward).__name__, "one with DDIM's timesteps: DDIMScheduler")
     latents = encoded(pipe, images)
     if fresh_noise:

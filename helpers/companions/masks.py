@@ -74,7 +74,7 @@ def probe(x, known, on) -> np.ndarray:
 
     given = known >= 0
     size = np.maximum(x[given].std(0), 1e-6)
-    model = LogisticRegression(C=0.1, max_iter=200, tol=1e-3).fit(x[given] / size, known[given])
+    model = LogisticRegression(C=0.01, max_iter=200, tol=1e-3).fit(x[given] / size, known[given])
     return model.predict(on.reshape(-1, on.shape[-1]) / size).reshape(on.shape[:2])
 
 
