@@ -1,7 +1,7 @@
-"""Supervised latents: what one direction a label could tell if it were fitted to the labels.
+"""Supervised latents: how much one direction can tell of a label that it was fitted to.
 
-An upper bound for latents that were never shown a label. The direction is that of a linear
-classifier, as IntroVAC steers along (arXiv:2008.04103), here of whole trajectories.
+They stand for the upper bound of latents that were never shown a label, as in IntroVAC (Maggipinto
+et al. 2020, arXiv:2008.00760), where a latent space is given a direction for each label.
 """
 
 import numpy as np
