@@ -243,6 +243,14 @@ def test_without_labels_steering_tells_what_it_changed_and_calls_nothing_a_succe
 
 
 @pytest.mark.process
+def test_without_labels_or_an_autoencoder_companions_have_nothing_to_measure(grey_run):
+    names = run_here("09", run=str(grey_run), n_attended=2, n_inverted=2)
+    assert names["pairs"] == [] and names["m"] == 0
+    found = metrics_of(grey_run, "09")["metrics"]
+    assert found["masks"] == found["dense probe"] == found["auroc, less labelled direction"] == {}
+
+
+@pytest.mark.process
 def test_after_another_training_baselines_are_refused_until_04_has_trained_them_anew(
     grey_run, tmp_path
 ):

@@ -211,3 +211,17 @@ CAPTION = world.caption(world.EXAMPLE)
 )
 def test_scenes_describes_captions_with_images_of_the_right_size(prompts, side, expected):
     assert Scenes.describes(prompts, (side, side, 3)) is expected
+
+
+def test_an_image_is_described_anew_by_what_is_read_in_it(images_of):
+    two = Reading((found(), found(position="right", colour="blue", shape="cross")), "sky")
+    images = images_of(two, Reading((), "white"), NOTHING)
+    red, blue = "a small red solid circle at the left", "a small blue solid cross at the right"
+    captions = [f"{red} and {blue} on a sky background", "a white background", ""]
+    assert Scenes().redescribed(images) == captions
+    assert [world.caption(world.parse(c)) for c in captions] == captions
+
+
+def test_a_drawing_is_described_as_it_was_asked_for():
+    scene = one("square", "green", "small", "striped", "top", "gray")
+    assert Scenes().redescribed(drawn(scene)) == [world.caption(scene)]

@@ -78,3 +78,23 @@ def test_clusters_are_drawn_on_one_scale(n):
     assert all(image.get_clim() == (0, 0.5) for image in drawn)
     assert [i.get_array().ravel().tolist() for i in drawn] == maps[:n].tolist()
     plt.close(fig)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_maps_stand_beside_their_images_each_on_its_own_scale(channels):
+    rng = np.random.default_rng(0)
+    images, heat = rng.random((2, 16, 32, channels)), 5 + rng.random((2, 2, 4))
+    columns = {"heat": heat, "flat": np.zeros((2, 2, 4)), "colours": rng.random((2, 2, 4, 3))}
+    fig = plt.figure()
+    views.maps_beside(fig, images, columns, ["red", "blue"])
+    for i, ax in enumerate(fig.axes):
+        given, seen, _, flat, _, coloured = ax.images  # the first two maps have edges over them
+        assert np.array_equal(np.reshape(given.get_array(), images[i].shape), images[i])
+        np.testing.assert_allclose(seen.get_array(), heat[i] - heat[i].min())
+        assert seen.get_clim() == (0, np.ptp(heat[i])) and flat.get_clim() == (0, 1)
+        assert np.array_equal(coloured.get_array(), columns["colours"][i])
+        ends = [image.get_extent()[:2] for image in (given, seen, flat, coloured)]
+        assert all(right < left for (_, right), (left, _) in zip(ends, ends[1:]))
+    texts = [[t.get_text() for t in ax.texts] for ax in fig.axes]
+    assert texts == [["heat", "flat", "colours", "red"], ["blue"]]
+    plt.close(fig)

@@ -94,6 +94,11 @@ class Scenes:
         scenes = world.sample(n, np.random.default_rng([seed, 60]), two=0)
         return [world.caption(s) for s in scenes]
 
+    def redescribed(self, images: np.ndarray) -> list[str]:
+        """A caption of all that is read in each image, of its first two objects; '' for nothing."""
+        scenes = (world.Scene(r.objects[:2], r.background) for r in reader.read(images))
+        return [world.caption(scene) for scene in scenes]
+
     def steerable(self, target: str, images: np.ndarray, grid: tuple[int, int]):
         """Which images can be steered towards a target, bool, (image,), and where, (image, token).
 

@@ -27,6 +27,8 @@ COLOURS = {
     "identity": "#AA4499",  # purple
     "predictors": "#000000",
     "class means": "#44AA99",  # teal
+    "cross-attention": "#882255",  # wine
+    "labelled direction": "#117733",  # green
     "random": "#999999",
 }
 LIKE = {"residual latent": "residual concat", "raw latent": "raw concat", "random rows": "random"}

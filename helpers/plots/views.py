@@ -4,7 +4,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
-from helpers.plots.images import show_image
+from helpers.plots.images import overlay, show_image
 from helpers.plots.style import WIDE, colour
 
 
@@ -125,3 +125,26 @@ def cluster_view(clusters, grid: tuple[int, int], timesteps) -> Figure:
         fig.colorbar(shown, ax=axes[0].tolist(), label="share of codes")
         axes[1, 0].set_ylabel("share of\nevidence", fontsize=7)
     return fig
+
+
+def maps_beside(fig, images, columns: dict[str, np.ndarray], names=()) -> None:
+    """A row for each image (height, width, 3 or 1): its name, itself, and its map of each column.
+
+    `columns`: title -> maps (image, row, column), each on its own scale, or colours (…, 3).
+    """
+    height, width = images.shape[1:3]
+    words = {"fontsize": 6, "linespacing": 0.9}
+    for i, ax in enumerate(fig.subplots(len(images), squeeze=False)[:, 0]):
+        show_image(ax, images[i], extent=(0, width, height, 0))
+        for k, (title, maps) in enumerate(columns.items(), 1):
+            left, drawn = 1.06 * k * width, maps[i] - (maps[i].min() if maps.ndim == 3 else 0)
+            if maps.ndim == 3:
+                overlay(ax, images[i], drawn, drawn.max() or 1, left)
+            else:
+                place = {"extent": (left, left + width, height, 0), "interpolation": "nearest"}
+                ax.imshow(drawn, **place)
+            if i == 0:
+                ax.text(left + width / 2, -3, title, ha="center", va="bottom", **words)
+        if len(names):
+            ax.text(-3, height / 2, names[i], ha="right", va="center", **words)
+        ax.set_xlim(0, left + width)
