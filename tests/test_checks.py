@@ -83,3 +83,12 @@ def test_dtypes_by_name():
     for name in ("float8", "fp16", "", "torch.float32", None):
         with pytest.raises(ValueError, match="^store_dtype is .*'float32', 'float16', 'bfloat16'"):
             checks.choose_dtype(name, name="store_dtype")
+
+
+def test_a_tensor_must_be_finite():
+    given = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    assert checks.finite("delta", given) is given
+    for value, shown in ((torch.nan, "nan"), (-torch.inf, "-inf")):
+        given[1, 0] = value
+        with pytest.raises(ValueError, match=f"delta is {shown}; it must be finite"):
+            checks.finite("delta", given)
