@@ -1,3 +1,4 @@
+import subprocess
 from dataclasses import asdict, replace
 
 import pandas as pd
@@ -72,6 +73,12 @@ def test_an_unknown_sweep_or_parameter_is_refused(tmp_path):
     path.write_text(open(written(tmp_path)).read().replace("n_train: 40", "n_trian: 40"))
     with pytest.raises(ValueError, match="'n_trian'"):
         sweep.load(str(path))
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a checkout")
+def test_the_table_of_the_shipped_study_is_not_ignored_by_git():
+    table = sweep.csv_of(sweep.load("comparison"))
+    assert subprocess.run(["git", "check-ignore", "-q", table], cwd=ROOT).returncode == 1
 
 
 def test_the_shipped_study_has_the_cells_that_carry_the_argument():
