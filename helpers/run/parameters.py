@@ -47,7 +47,7 @@ KINDS = {  # type as written -> whether a value is of it, in words
 
 
 def analysis_notebooks() -> list[Path]:
-    """Notebooks 01 to 07, in order; 00 trains the demo model and is run on its own."""
+    """Notebooks 01 to 09, in order; 00 trains the demo model and is run on its own."""
     return sorted(NOTEBOOKS.glob("0[1-9]_*.ipynb"))
 
 
