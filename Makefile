@@ -5,7 +5,7 @@ QUIET := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive TOKENIZERS_PARALLELISM=false
 
 .PHONY: demo test quick notebooks lab run sweep scorecard estimate bench gpu slow clean
 
-# Run notebooks 01 to 09 on the shipped model; what is done and intact is skipped.
+# Run notebooks 01 to 08 on the shipped model; what is done and intact is skipped.
 demo: .venv/installed
 	$(BIN)/python -m helpers.run demo
 

@@ -28,7 +28,7 @@ def labelled(predictors: Predictors, x: np.ndarray, labels: Labels, names: list[
         if has.any() and lacks.any():
             y = np.concatenate([x[has], x[lacks]]).reshape(-1, len(row))
             known = np.arange(len(y)) < has.sum()
-            model = LogisticRegression(C=0.01, max_iter=200, tol=1e-3).fit(y, known)
+            model = LogisticRegression(C=0.01, solver="newton-cholesky").fit(y, known)
             row.copy_(torch.from_numpy(model.coef_[0]))
     raw = coordinates.raw(predictors)
     return Dictionary("labelled", raw, Projection(rows.to(raw.mu)))

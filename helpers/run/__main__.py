@@ -1,4 +1,4 @@
-"""Run notebooks 01 to 09 with a file of parameters; what is done is skipped."""
+"""Run notebooks 01 to 08 with a file of parameters; what is done is skipped."""
 
 import argparse
 import sys

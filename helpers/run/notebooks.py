@@ -1,4 +1,4 @@
-"""Executing notebooks 01 to 09 in order, and publishing their outputs, figures and results."""
+"""Executing notebooks 01 to 08 in order, and publishing their outputs, figures and results."""
 
 import base64
 import hashlib
@@ -26,7 +26,7 @@ METADATA = {
 
 
 def execute(name: str) -> list[Path]:
-    """Run notebooks 01 to 09 with a file of parameters; returns the executed copies.
+    """Run notebooks 01 to 08 with a file of parameters; returns the executed copies.
 
     A notebook whose code, parameters and files are as its last run left them is skipped. One that
     fails is named, with its error's sentence, in a RuntimeError.
