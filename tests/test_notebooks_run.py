@@ -1,4 +1,5 @@
 import json
+import shutil
 import sys
 from base64 import b64decode, b64encode
 from io import BytesIO
@@ -113,6 +114,14 @@ def test_each_notebook_is_one_line_with_its_seconds(two_notebooks, capfd):
     assert shown.err == ""
     first, second = shown.out.splitlines()
     assert first.split()[::2] == ["01_first", "s"] and second.split()[::2] == ["02_second", "s"]
+
+
+def test_companions_are_run_on_request_after_all_others(two_notebooks, in_process):
+    project = two_notebooks
+    shutil.copy(project / "notebooks/02_second.ipynb", project / "notebooks/09_third.ipynb")
+    assert len(notebooks.execute("tiny")) == 2 and ran(project) == ["first", "second"]
+    copies = notebooks.execute("tiny", companions=True)
+    assert [c.stem for c in copies][2:] == ["09_third"] and ran(project) == ["second"]
 
 
 def test_what_is_done_and_intact_is_skipped(two_notebooks, in_process, capsys):

@@ -15,7 +15,7 @@ def main() -> None:
     given = parser.parse_args()
     start = time.perf_counter()
     try:
-        copies = notebooks.execute(given.parameters)
+        copies = notebooks.execute(given.parameters, companions=given.publish)
         if given.publish:
             notebooks.publish(copies)
             notebooks.publish_results(load_parameters(given.parameters)["run"])

@@ -25,8 +25,8 @@ METADATA = {
 }
 
 
-def execute(name: str) -> list[Path]:
-    """Run notebooks 01 to 08 with a file of parameters; returns the executed copies.
+def execute(name: str, companions: bool = False) -> list[Path]:
+    """Run notebooks 01 to 08, with `companions` 09 too, with a file of parameters; their copies.
 
     A notebook whose code, parameters and files are as its last run left them is skipped. One that
     fails is named, with its error's sentence, in a RuntimeError.
@@ -37,7 +37,7 @@ def execute(name: str) -> list[Path]:
     (folder / "notebooks").mkdir(parents=True, exist_ok=True)
     helpers = sorted(p for p in HELPERS.rglob("*") if p.is_file() and "__pycache__" not in p.parts)
     state, copies = _hash(*(f"{p.relative_to(HELPERS)} {digest(p)}" for p in helpers)), []
-    for notebook in parameters.analysis_notebooks():
+    for notebook in parameters.analysis_notebooks(companions):
         known = parameters.parameters_of(notebook)
         chosen = {k: v for k, v in values.items() if k in known}
         cells = nbformat.read(notebook, as_version=4).cells
@@ -127,9 +127,11 @@ def _clean(output, count: int):
         output.execution_count = count
     if "metadata" in output:
         output.metadata = {k: v for k, v in output.metadata.items() if k == PNG}  # size on screen
-    if PNG in output.get("data", {}):  # 256 colours: half the size, and no difference is seen
+    if PNG in output.get("data", {}):
+        # 256 colours: a third of the size, and none is far off, as some are by Pillow's default
         picture, small = Image.open(io.BytesIO(base64.b64decode(output.data[PNG]))), io.BytesIO()
-        picture.convert("RGB").quantize(256).save(small, "png", optimize=True)
+        few = picture.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE)
+        few.save(small, "png", optimize=True)
         output.data[PNG] = base64.b64encode(small.getvalue()).decode()
     return output
 

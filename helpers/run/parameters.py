@@ -46,9 +46,9 @@ KINDS = {  # type as written -> whether a value is of it, in words
 }
 
 
-def analysis_notebooks() -> list[Path]:
-    """Notebooks 01 to 08, in order; 00, which trains the demo model, and 09 are run alone."""
-    return sorted(NOTEBOOKS.glob("0[1-8]_*.ipynb"))
+def analysis_notebooks(companions: bool = False) -> list[Path]:
+    """Notebooks 01 to 08, in order, and 09 on request; 00, which trains the model, is run alone."""
+    return sorted(NOTEBOOKS.glob(f"0[1-{9 if companions else 8}]_*.ipynb"))
 
 
 def parameters_of(notebook: Path) -> dict[str, tuple]:
@@ -95,7 +95,7 @@ def load_parameters(name: str) -> dict:
     values = {} if values is None else values
     if not isinstance(values, dict):
         refuse(f"the content of {path.name}", values, "lines of name and value, as run: demo")
-    known = {p for notebook in analysis_notebooks() for p in parameters_of(notebook)}
+    known = {p for notebook in analysis_notebooks(companions=True) for p in parameters_of(notebook)}
     refuse_unknown(values, known, f"{path.name}: a parameter")
     return values
 
