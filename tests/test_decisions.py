@@ -8,6 +8,7 @@ from helpers.measure.labels import Labels
 
 NAMES = ["colour=red", "colour=blue", "shape=cross", "shape=circle", "background=sky"]
 STEPS = [0, 4, 8]
+KINDS = ("own", "specific", "other")
 
 
 def things(n_images, seed=0):
@@ -79,9 +80,11 @@ def test_evidence_that_follows_decisions_is_told_from_evidence_that_does_not():
     labels = things(60)
     decided = drawn(labels)
     found = decisions.agreement(decided, timed(labels, decided, ["colour"]), labels)
-    assert found.own("colour").low > 0.9 and found.specific("colour").low > 0.5
-    assert found.own("shape").low < 0 < found.own("shape").high
-    assert found.other("colour").low < 0 < found.other("colour").high
+    own, specific, other = (getattr(found, k)("colour").estimate() for k in KINDS)
+    assert own.low > 0.9 and specific.low > 0.5 and other.low < 0 < other.high
+    own = found.own("shape").estimate()
+    assert own.low < 0 < own.high
+    assert found.attributes == ["colour", "shape"]
     assert found.n["colour", "shape"] == 120 and found.n["background", "background"] == 60
     assert np.isnan(found.other("background").value)  # things of one attribute have no other
     matrix = found.matrix(["colour", "shape"])
@@ -95,8 +98,8 @@ def test_the_control_can_fail():
     own = decisions.own_label(labels)
     decided = {a: np.where(v < 0, np.nan, hour) for a, v in own.items()}
     found = decisions.agreement(decided, timed(labels, decided, own), labels)
-    assert found.own("colour", "shape").low > 0.9
-    assert found.specific("colour", "shape").high < 0.1
+    assert found.own("colour", "shape").estimate().low > 0.9
+    assert found.specific("colour", "shape").estimate().high < 0.1
 
 
 def test_a_label_with_an_hour_of_its_own_shows_nothing():
@@ -105,7 +108,7 @@ def test_a_label_with_an_hour_of_its_own_shows_nothing():
     rng = np.random.default_rng(9)
     decided = {"colour": 10.0 * red + rng.random(180)}
     half = {"colour": 10.0 * red + rng.random(180)}
-    assert decisions.agreement(decided, half, labels).own("colour").high < 0.4
+    assert decisions.agreement(decided, half, labels).own("colour").estimate().high < 0.4
 
 
 def test_correlations_are_those_of_ranks_within_labels():

@@ -54,6 +54,23 @@ def test_intervals_agree_with_resampling_images():
     np.testing.assert_allclose(ours, resampled, atol=0.1 * (resampled.high - resampled.low))
 
 
+def test_a_correlation_is_pearsons_and_its_interval_that_of_resampling_images():
+    rng = np.random.default_rng(3)
+    images = rng.integers(60, size=240)
+    x, each = rng.standard_normal(240), rng.standard_normal(60)
+    x, y = x + each[images], 0.5 * x + rng.standard_normal(240) + each[images]
+    found = readouts.correlation(x, y, images, 60)
+    assert found.value == pytest.approx(np.corrcoef(x, y)[0, 1])
+    resampled = []
+    for drawn in rng.integers(60, size=(800, 60)):
+        rows = np.concatenate([np.nonzero(images == i)[0] for i in drawn])
+        resampled.append(np.corrcoef(x[rows], y[rows])[0, 1])
+    estimate = found.estimate()
+    assert estimate.high - estimate.value == pytest.approx(1.96 * np.std(resampled), rel=0.15)
+    assert np.isnan(readouts.correlation(x, np.ones(240), images, 60).value)
+    assert np.isnan(readouts.correlation([], [], np.zeros(0, int), 60).value)
+
+
 def test_a_difference_of_the_same_images_leaves_out_what_they_share():
     rng = np.random.default_rng(0)
     hard = rng.random(100)
@@ -123,7 +140,7 @@ def split():
 
 
 def test_a_feature_that_is_split_shows_in_recall_and_is_found_by_several_latents(split):
-    found = readouts.detect(*split, ["colour=red", "age=new"])
+    found, _ = readouts.detect(*split, ["colour=red", "age=new"])
     assert found["auroc"]["colour=red"].value == found["tpr"]["colour=red"].value == 1
     assert found["recall"]["colour=red"].value == found["precision"]["colour=red"].value == 1
     labelled, _ = split[1]["test"].contrast("age=new")
@@ -137,7 +154,7 @@ def test_a_feature_that_is_split_shows_in_recall_and_is_found_by_several_latents
 def test_what_says_nothing_is_found_by_no_readout(split):
     codes, labels = split
     codes = {n: Codes(c.values[:, 3:], N_IMAGES) for n, c in codes.items()}
-    found = readouts.detect(codes, labels, labels["test"].names)
+    found, _ = readouts.detect(codes, labels, labels["test"].names)
     for what in ("auroc", "probe 5", "probe 20", "arbitrary"):
         estimate = readouts.mean(found[what].values()).estimate()
         assert estimate.low < 0.5 < estimate.high and 0.4 < estimate.value < 0.6, what
@@ -145,14 +162,14 @@ def test_what_says_nothing_is_found_by_no_readout(split):
 
 
 def test_the_control_is_that_of_latents_chosen_for_shuffled_labels(split):
-    found = readouts.detect(*split, ["colour=red"])
+    found, _ = readouts.detect(*split, ["colour=red"])
     assert found["arbitrary"]["colour=red"].value < 0.7 < found["auroc"]["colour=red"].value
 
 
 def test_codes_of_either_sign_are_turned_and_have_no_recall(split):
     codes, labels = split
     both = {n: Codes(-c.values.toarray(), N_IMAGES, two_sided=True) for n, c in codes.items()}
-    found = readouts.detect(both, labels, ["colour=red"], probes=())
+    found, _ = readouts.detect(both, labels, ["colour=red"], probes=())
     assert found["auroc"]["colour=red"].value == 1 and set(found) == {"auroc", "tpr", "arbitrary"}
 
 

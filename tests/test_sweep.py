@@ -1,12 +1,17 @@
+import shutil
 import subprocess
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 
+import numpy as np
 import pandas as pd
 import pytest
+import torch
 import yaml
 
 from helpers import files
-from helpers.run import methods, results, sweep
+from helpers.measure.labels import Labels
+from helpers.run import decided, methods, results, sweep
 from helpers.run.parameters import ROOT
 from helpers.run.results import Results
 
@@ -130,6 +135,8 @@ def test_every_method_of_the_study_can_be_trained_and_measured(done):
     assert list(rows.columns) == [*asdict(found.default), *sweep.ROW]
     assert Results(path, found.default).done(found.cells) == len(found.cells)
     trained = rows[rows.coder != "ceiling"]
+    steps = decided.read(methods.run_of(found.run_of(found.default)))
+    assert set(steps) > {"colour", "phase"} and all(0 <= v <= 24 for v in steps["colour"] if v == v)
     for readout in ("ev", "ev, residual space", "auroc", "neighbour ev", "numbers"):
         assert len(trained[trained.readout == readout]) == len(found.cells) - 1, readout
     ev = rows[rows.readout == "ev"].set_index(["coordinates", "coder", "seed"]).value
@@ -150,12 +157,60 @@ def test_what_is_done_is_not_done_again_and_a_spent_budget_begins_nothing(done, 
     line = found.path(cell)
     record = files.load_json(line)
     line.unlink()
+    path.with_suffix(".json").unlink()  # else the table's own rows would do
     assert sweep.run(found, budget=0) == path and not line.exists()
     assert len(path.read_text()) < len(before)
     files.save_json(line, record)
     sweep.run(found)
     assert "0 are not" in capsys.readouterr().out
     assert path.read_text() == before
+
+
+@pytest.mark.process
+def test_a_table_is_continued_where_its_cells_are_not(done, capsys, monkeypatch):
+    found, path = done
+    before, elsewhere = path.read_text(), path.parent / "elsewhere"
+    (found_run := sweep.run_folder(found.run) / "cells").rename(elsewhere)
+    assert sweep.run(found) == path and "0 are not" in capsys.readouterr().out
+    assert path.read_text() == before
+    # one more cell needs its raw counterpart again, to be held against it
+    more = replace(found.default, coordinates="a=0", seed=7)
+    found.studies["more"] = [more, replace(more, coordinates="raw")]
+    assert sweep.run(found) == path and ", 2 are not" in capsys.readouterr().out
+    rows = pd.read_csv(path)
+    of_more = rows[(rows.seed == 7) & (rows.coordinates == "a=0")].set_index("readout")
+    assert of_more.less_raw["ev"] < 0
+    # a table of other trajectories is not continued
+    files.save_json(path.with_suffix(".json"), {})
+    monkeypatch.setattr(sweep, "do", lambda *_: "")
+    assert sweep.run(found, budget=0) == path
+    assert f", {len(found.cells) - 2} are not" in capsys.readouterr().out
+    del found.studies["more"]
+    shutil.rmtree(found_run)
+    elsewhere.rename(found_run)
+    assert sweep.run(found) == path and path.read_text() == before
+
+
+def test_evidence_that_comes_when_things_are_decided_is_told_from_evidence_that_does_not():
+    n, steps, rng = 80, (0, 6, 12), np.random.default_rng(0)
+    first, second = rng.random((2, n)) < 0.5
+    has = np.stack([first, ~first, second, ~second], 1)
+    labels = Labels(["a=0", "a=1", "b=0", "b=1"], np.arange(n)[:, None], has, np.zeros(n, int))
+    hours = {name: rng.choice(steps, n).astype(float) for name in "ab"}
+    at = np.stack([hours["a"], hours["a"], hours["b"], hours["b"]], 1)  # (thing, label)
+    evidence = torch.from_numpy((at[:, None] == np.array(steps)[:, None]).astype(float))[:, None]
+    data = SimpleNamespace(
+        **{"labels": {"test": labels}, "steps": steps, "x": {"test": None}, "decided": hours}
+    )
+
+    def when(evidence):
+        own = SimpleNamespace(evidence=lambda x, latents: evidence[..., latents])
+        return methods._when(own, data, {name: i for i, name in enumerate(labels.names)})
+
+    assert when(evidence)["when"].estimate().low > 0.7
+    assert abs(when(evidence[rng.permutation(n)])["when"].value) < 0.3
+    known = when(evidence)["when, own"].value - when(evidence)["when"].value
+    assert abs(known) < 0.3  # what evidence for the other attribute says
 
 
 # --- reading the table ---

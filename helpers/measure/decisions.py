@@ -6,12 +6,13 @@ a thing that is drawn early as a whole makes all of its evidence early.
 """
 
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 from scipy.stats import rankdata
 
-from helpers.measure import metrics
 from helpers.measure.labels import Labels
+from helpers.measure.readouts import Readout, correlation, mean
 from helpers.measure.timing import crossing, lasting_from
 
 
@@ -98,56 +99,49 @@ def right_from(x: np.ndarray, labels: Labels, on: np.ndarray, on_labels: Labels,
 class Agreement:
     """Rank correlations of decisions (first attribute) with evidence (second), within labels."""
 
-    resampled: dict[tuple[str, str], np.ndarray]  # as it is, then on resampled images
+    of: dict[tuple[str, str], Readout]  # NaN where too few things have both
     n: dict[tuple[str, str], int]  # things
 
-    def own(self, *attributes: str) -> metrics.Estimate:
+    @property
+    def attributes(self) -> list[str]:
+        """Those whose correlation is known, and with that of their things' other attributes."""
+        own = dict.fromkeys(a for a, _ in self.of)
+        return [a for a in own if not np.isnan(self.specific(a).value)]
+
+    def own(self, *attributes: str) -> Readout:
         """Of decisions with evidence for the same attribute, mean over attributes."""
-        return metrics.mean_of_resampled([self.resampled[a, a] for a in attributes])
+        return mean(self.of[a, a] for a in attributes)
 
-    def other(self, *attributes: str) -> metrics.Estimate:
+    def other(self, *attributes: str) -> Readout:
         """Of decisions with evidence for other attributes of the same things."""
-        return metrics.mean_of_resampled([self._others(a) for a in attributes])
+        return mean(mean(r for (x, y), r in self.of.items() if x == a != y) for a in attributes)
 
-    def specific(self, *attributes: str) -> metrics.Estimate:
-        """`own` less `other`, on the same resampled images."""
-        return metrics.mean_of_resampled(
-            [self.resampled[a, a] - self._others(a) for a in attributes]
-        )
+    def specific(self, *attributes: str) -> Readout:
+        """`own` less `other`, of the same images."""
+        return mean(self.own(a).less(self.other(a)) for a in attributes)
 
     def matrix(self, attributes: list[str]) -> np.ndarray:
-        return np.array([[self.resampled[a, b][0] for b in attributes] for a in attributes])
-
-    def _others(self, attribute: str) -> np.ndarray:
-        rows = [v for (a, b), v in self.resampled.items() if a == attribute != b]
-        rows = [v for v in rows if not np.isnan(v[0])]
-        return (
-            np.mean(rows, axis=0)
-            if rows
-            else np.full_like(self.resampled[attribute, attribute], np.nan)
-        )
+        return np.array([[self.of[a, b].value for b in attributes] for a in attributes])
 
 
-def agreement(decided: dict, half: dict, labels: Labels, seed=0, at_least: int = 10) -> Agreement:
+def agreement(decided: dict, half: dict, labels: Labels, at_least: int = 10) -> Agreement:
     """Rank correlation over things of the steps of `decided` and of `half`, by attribute.
 
-    Each dict: attribute -> denoising step (thing,), NaN unknown. Ranks are within things of one
-    label; intervals resample images; NaN with fewer than `at_least` things or no spread.
+    Each dict: attribute -> denoising step (thing,), NaN unknown; an attribute of only one of them
+    is left out. Ranks are within things of one label; NaN with fewer than `at_least` things or no
+    spread.
     """
     own, image = own_label(labels), image_of(labels)
-    counts = metrics.resampled_counts(len(labels.owner), seed=seed)
-    ranks = [
-        {a: _ranks(v, own[a]) for a, v in steps.items() if a in own} for steps in (decided, half)
-    ]
-    resampled, n = {}, {}
-    for a, x in ranks[0].items():
-        for b, y in ranks[1].items():
-            both = ~(np.isnan(x) | np.isnan(y))
-            n[a, b] = int(both.sum())
-            resampled[a, b] = np.full(counts.shape[1], np.nan)
-            if n[a, b] >= at_least:
-                resampled[a, b] = _correlations(x[both], y[both], image[both], counts)
-    return Agreement(resampled, n)
+    shared = [a for a in decided if a in half and a in own]
+    x, y = ({a: _ranks(steps[a], own[a]) for a in shared} for steps in (decided, half))
+    of, n = {}, {}
+    for pair in product(shared, shared):
+        both = ~(np.isnan(x[pair[0]]) | np.isnan(y[pair[1]]))
+        n[pair] = int(both.sum())
+        known = both & (n[pair] >= at_least)
+        ranks = x[pair[0]][known], y[pair[1]][known]
+        of[pair] = correlation(*ranks, image[known], len(labels.owner))
+    return Agreement(of, n)
 
 
 def _ranks(values: np.ndarray, label: np.ndarray) -> np.ndarray:
@@ -158,13 +152,3 @@ def _ranks(values: np.ndarray, label: np.ndarray) -> np.ndarray:
         if len(mine) > 1:
             out[mine] = (rankdata(values[mine]) - 0.5) / len(mine) - 0.5
     return out
-
-
-def _correlations(x, y, image, counts) -> np.ndarray:
-    """Pearson's, of ranks that stay, on images that count `counts` (image, resample) times."""
-    terms = np.stack([np.ones(len(x)), x, y, x * x, y * y, x * y])
-    n, *sums = [np.bincount(image, t, len(counts)) @ counts for t in terms]
-    with np.errstate(invalid="ignore", divide="ignore"):
-        x, y, xx, yy, xy = (total / n for total in sums)
-        found = (xy - x * y) / np.sqrt((xx - x * x) * (yy - y * y))
-    return np.where(np.isfinite(found), found, np.nan)

@@ -57,7 +57,7 @@ def mean(readouts) -> Readout:
     readouts = list(readouts)
     defined = [r for r in readouts if not np.isnan(r.value)]
     if not defined:
-        return readouts[0]
+        return readouts[0] if readouts else Readout(float("nan"), np.zeros(()))
     return Readout(*(np.mean([r[i] for r in defined], axis=0) for i in (0, 1)))
 
 
@@ -77,6 +77,20 @@ def auroc(scores, labelled, images, n_images: int) -> Readout:
     np.add.at(influence, images[labelled], (above - value) / len(positive))
     np.add.at(influence, images[~labelled], (below - value) / len(negative))
     return Readout(float(value), influence)
+
+
+def correlation(x, y, images, n_images: int) -> Readout:
+    """Pearson's correlation of x and y (sample,) of images (sample,); NaN if one is constant.
+
+    Influences are those of Devlin, Gnanadesikan and Kettenring (1975, Biometrika 62).
+    """
+    x, y = (np.asarray(v, float) - np.mean(v) if len(v) else np.zeros(1) for v in (x, y))
+    if not x.any() or not y.any():
+        return Readout(float("nan"), np.zeros(n_images))
+    x, y = x / (x @ x / len(x)) ** 0.5, y / (y @ y / len(y)) ** 0.5
+    value = x @ y / len(x)
+    each = (x * y - value * (x**2 + y**2) / 2) / len(x)
+    return Readout(float(value), np.bincount(images, each, n_images))
 
 
 def over_seeds(values, halves) -> metrics.Estimate:
@@ -118,8 +132,12 @@ def usable(labels: dict[str, Labels], least: int = 5) -> list[str]:
     return [name for name in first.names if in_all(name)]
 
 
-def detect(codes: dict[str, Codes], labels: dict[str, Labels], names, probes=PROBES) -> dict:
+def detect(
+    codes: dict[str, Codes], labels: dict[str, Labels], names, probes=PROBES
+) -> tuple[dict[str, dict[str, Readout]], dict[str, int]]:
     """What codes of 'validation' and 'test' images tell of labels: readouts by name and label.
+
+    And each label's best latent on validation images.
 
     "auroc" of the best latent; "tpr", its true positives at the threshold that 1 % of validation
     tokens without the label exceed; "probe 5", "probe 20", AUROC of logistic regressions on the
@@ -134,8 +152,10 @@ def detect(codes: dict[str, Codes], labels: dict[str, Labels], names, probes=PRO
     signs = np.where(seen.two_sided & (found < 0.5), -1, 1)
     found = np.maximum(found, 1 - found) if seen.two_sided else found
     out: dict[str, dict[str, Readout]] = {}
+    best: dict[str, int] = {}
     for i, name in enumerate(names):
         order = np.argsort(-found[0, :, i], kind="stable")
+        best[name] = int(order[0])
         held, side = _side(labels["validation"], name), _side(labels["test"], name)
         score, without = (
             (v.of(order[0]) * signs[0, order[0], i])[s.among]
@@ -154,7 +174,7 @@ def detect(codes: dict[str, Codes], labels: dict[str, Labels], names, probes=PRO
             of_label["precision"] = _share(side.has, score > 0, side)
         for what, readout in of_label.items():
             out.setdefault(what, {})[name] = readout
-    return out
+    return out, best
 
 
 def ceiling(x: dict[str, np.ndarray], labels: dict[str, Labels], names) -> dict[str, Readout]:

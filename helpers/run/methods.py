@@ -16,10 +16,11 @@ import torch
 from helpers import coordinates, dictionary, nonlinear, predictors
 from helpers.checks import one_of, refuse
 from helpers.dictionary import Dictionary, Projection
-from helpers.measure import detection, readouts, reconstruction
+from helpers.measure import decisions, detection, readouts, reconstruction
 from helpers.measure.readouts import Readout
 from helpers.measure.reconstruction import Reconstruction, SomeSteps, standardised
 from helpers.moments import accumulate
+from helpers.run import decided
 from helpers.run.folder import Run
 from helpers.run.parameters import NOTEBOOKS, parameters_of
 from helpers.training import coders
@@ -77,6 +78,7 @@ class Data:
         images = chain.from_iterable(self.standardised("train"))
         self.x["train"] = torch.stack([*islice(images, len(self.x["test"]))])
         self.names = readouts.usable(self.labels)
+        self.steps, self.decided = steps, decided.read(self.run)
 
     def standardised(self, split: str):
         """Shards of a split, (image, token, step, channel)."""
@@ -169,7 +171,7 @@ def _readouts(own: Dictionary, data: Data) -> dict[str, Readout]:
         "numbers": readouts.ratio(rebuilt["test"].numbers, np.ones(len(x["test"]))),
     }
     codes = {split: detection.encode(one, [x[split]])[""] for split in data.labels}
-    detected = readouts.detect(codes, data.labels, data.names)
+    detected, best = readouts.detect(codes, data.labels, data.names)
     if not own.two_sided:
         error = rebuilt["validation"].sums["activation"][0]
         norms = own.directions().flatten(1).norm(dim=1).cpu().numpy()
@@ -178,8 +180,9 @@ def _readouts(own: Dictionary, data: Data) -> dict[str, Readout]:
         found |= _rates(codes["test"])
         if own.n_latents <= DENSE:
             scores = {split: _scores(own, x[split]) for split in codes}
-            found |= readouts.time_of(own, x["test"])
-            before = readouts.detect(scores, data.labels, data.names, probes=())
+            found |= (time := readouts.time_of(own, x["test"]))
+            found |= _when(own, data, best) if time and data.decided else {}
+            before, _ = readouts.detect(scores, data.labels, data.names, probes=())
             detected["auroc before threshold"] = before.get("auroc", {})
     if data.names:
         found |= {what: readouts.mean(by_label.values()) for what, by_label in detected.items()}
@@ -207,6 +210,27 @@ def _by_attribute(what: str, by_label: dict[str, Readout]) -> dict[str, Readout]
     }
 
 
+def _when(own: Dictionary, data: Data, best: dict[str, int]) -> dict[str, Readout]:
+    """Whether the evidence of labels' best latents comes when their attributes are decided."""
+    labels = data.labels["test"]
+    evidence = own.evidence(data.x["test"], list(best.values())).cpu().numpy()
+    of_thing = np.zeros((len(labels.has), len(data.steps), len(labels.names)))
+    places = [labels.names.index(name) for name in best]
+    of_thing[..., places] = decisions.of_things(evidence, labels)
+    return _agreement(data, decisions.half_steps(of_thing, labels, data.steps))
+
+
+def _agreement(data: Data, half: dict[str, np.ndarray]) -> dict[str, Readout]:
+    """Of steps, attribute -> (thing,), with those at which attributes were decided.
+
+    "when": the rank correlation less that with evidence for things' other attributes; "when, own"
+    is not less anything.
+    """
+    agree = decisions.agreement(data.decided, half, data.labels["test"])
+    known = agree.attributes
+    return {"when": agree.specific(*known), "when, own": agree.own(*known)} if known else {}
+
+
 def _rates(codes: detection.Codes) -> dict[str, Readout]:
     """The spectrum of firing rates, shares of all tokens, and the share of latents that fire."""
     rates, none = np.diff(codes.values.indptr) / codes.values.shape[0], np.zeros(0)
@@ -228,4 +252,10 @@ def _ceilings(data: Data, run: str) -> dict[str, Readout]:
         at_step = {split: v[:, :, s] for split, v in x.items()}
         one = readouts.ceiling(at_step, labels, data.names)
         found[f"ceiling, step {s}"] = readouts.mean(one.values())
+    if data.decided:  # from which step on a probe at each step knows a thing's value
+        of_things = {
+            split: decisions.mean_of_things(x[split], own) for split, own in labels.items()
+        }
+        known = [v for split in labels for v in (of_things[split], labels[split])]
+        found |= _agreement(data, decisions.right_from(*known, data.steps))
     return found

@@ -5,7 +5,8 @@
 A file of notebooks/parameters/sweeps says what is collected, and which cells to train, the most
 important first. Each cell leaves a small JSON in runs/<run>/cells and is skipped afterwards. What
 there is goes into figures/<run>/comparison.csv, a row a cell and read-out: its value with a 95 %
-interval over test images, and by how much it exceeds the same cell in raw coordinates.
+interval over test images, and by how much it exceeds the same cell in raw coordinates. Rows that
+are there already, of the very same trajectories, are kept: a table can be continued elsewhere.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import yaml
 from helpers.checks import nearest, refuse
 from helpers.files import load_json, load_tensors, save_json, save_tensors, save_text
 from helpers.measure.readouts import Readout, stability
-from helpers.run import jobs, methods, parameters
+from helpers.run import decided, jobs, methods, parameters
 from helpers.run.folder import figures_folder, fingerprint, run_folder
 from helpers.run.workers import Workers, command, work_off
 
@@ -164,6 +165,12 @@ def collect(sweep: Sweep, share: tuple[int, int] = (0, 1), only: str = "") -> No
             jobs.collect(collected, share=share)
 
 
+def find_decided(sweep: Sweep, captions: str) -> None:
+    """When what the test images of some captions show was decided, where that can be known."""
+    p = sweep.collections[captions]
+    decided.find(methods.run_of(p["run"]), [methods.run_of(run) for run in p["also"]])
+
+
 def do(sweep: Sweep, cell: Cell, deadline: float = float("inf")) -> str:
     """Train and measure a cell, and leave its files; a line about it, empty past the deadline."""
     if time.time() > deadline:
@@ -187,7 +194,8 @@ def do(sweep: Sweep, cell: Cell, deadline: float = float("inf")) -> str:
 
 
 def table(sweep: Sweep) -> str:
-    """The CSV of all cells that are done."""
+    """The CSV of all cells that are done, with the rows of those that were done elsewhere."""
+    kept = _kept(sweep)
     found = {cell: load_json(path) for cell, path in _paths(sweep).items()}
     readouts = {
         cell: {n: Readout(v, np.array(i)) for n, (v, i) in record["readouts"].items()}
@@ -198,16 +206,43 @@ def table(sweep: Sweep) -> str:
     text = io.StringIO()
     out = csv.writer(text, lineterminator="\n")
     out.writerow([*(f.name for f in fields(Cell)), *ROW])
-    for cell, own in readouts.items():
-        columns = asdict(cell) | {"steps": steps_as_text(cell.steps)}
+    for cell in sweep.cells:
+        own, columns = readouts.get(cell, {}), _columns(cell)
+        out.writerows([*columns, *row] for row in kept.get(cell, []))
         reference = readouts.get(replace(cell, coordinates="raw"), {})
         for name, readout in own.items():
             row = [*readout.estimate()]
             if cell.coordinates != "raw" and name in reference and len(readout.influence):
                 row += readout.less(reference[name]).estimate()
             shown = [f"{v:.5g}" for v in row] + [""] * (6 - len(row))
-            out.writerow([*columns.values(), name, *shown])
+            out.writerow([*columns, name, *shown])
     return text.getvalue()
+
+
+def _columns(cell: Cell) -> list[str]:
+    """What tells a cell's rows from others, as it stands in the table."""
+    return [str(v) for v in (asdict(cell) | {"steps": steps_as_text(cell.steps)}).values()]
+
+
+def _trajectories(sweep: Sweep) -> dict[str, str]:
+    """The fingerprint of the trajectories of each run that is there."""
+    runs = {sweep.run_of(cell) for cell in sweep.cells}
+    manifests = {run: run_folder(run) / "trajectories" / "manifest.json" for run in sorted(runs)}
+    return {run: fingerprint(path) for run, path in manifests.items() if path.exists()}
+
+
+def _kept(sweep: Sweep) -> dict[Cell, list[list[str]]]:
+    """Read-outs in the table of cells that are not done here, if of the same trajectories."""
+    path, n = csv_of(sweep), len(fields(Cell))
+    if not path.exists() or not path.with_suffix(".json").exists():
+        return {}
+    made_of, here, done = load_json(path.with_suffix(".json")), _trajectories(sweep), _paths(sweep)
+    rows: dict[tuple, list[list[str]]] = {}
+    for row in csv.reader(path.read_text().splitlines()[1:]):
+        rows.setdefault(tuple(row[:n]), []).append(row[n:])
+    found = {cell: rows.get(tuple(_columns(cell)), []) for cell in sweep.cells if cell not in done}
+    same = {run for run, of in here.items() if made_of.get(run) == of}
+    return {cell: own for cell, own in found.items() if own and sweep.run_of(cell) in same}
 
 
 def csv_of(sweep: Sweep) -> Path:
@@ -238,13 +273,17 @@ def run(sweep: Sweep, processes: int = 1, budget: float = float("inf")) -> Path:
     deadline = time.time() + budget
     with Workers(processes) as workers:
         list(workers(collect, [(sweep, (i, processes)) for i in range(processes)]))
-        done = _paths(sweep)
-        todo = [cell for cell in sweep.cells if cell not in done]
-        print(f"{len(done)} cells are done, {len(todo)} are not", flush=True)
+        list(workers(find_decided, [(sweep, captions) for captions in sweep.collections]))
+        done, kept = _paths(sweep), _kept(sweep)
+        todo = [cell for cell in sweep.cells if cell not in done and cell not in kept]
+        raw = {replace(cell, coordinates="raw") for cell in todo}  # what these are held against
+        todo = [cell for cell in sweep.cells if cell in todo or (cell in kept and cell in raw)]
+        print(f"{len(sweep.cells) - len(todo)} cells are done, {len(todo)} are not", flush=True)
         try:
             work_off(workers, do, [(sweep, cell, deadline) for cell in todo])
         finally:  # also of a sweep that is stopped
             save_text(csv_of(sweep), table(sweep))
+            save_json(csv_of(sweep).with_suffix(".json"), _trajectories(sweep))
     return csv_of(sweep)
 
 
