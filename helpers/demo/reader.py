@@ -112,7 +112,10 @@ def _texture(brightness: np.ndarray, inside: np.ndarray) -> tuple[str, str | Non
     fitted = np.linalg.lstsq(waves(inside), brightness[inside], rcond=None)[0]
     cosines, sines = fitted[1:].reshape(2, 2)
     larger = np.hypot(cosines, sines).argmax()
-    return ("striped", "barred")[larger], "even" if cosines[larger] < 0 else "odd"
+    angles = {name: 2 * np.pi * v / world.PATTERN_PERIOD for name, v in world.FINE["phase"].items()}
+    # the pattern is dark where cos(angle of the pixel + angle of the phase) is large
+    fit = {p: sines[larger] * np.sin(a) - cosines[larger] * np.cos(a) for p, a in angles.items()}
+    return ("striped", "barred")[larger], max(fit, key=fit.get)
 
 
 def waves(inside: np.ndarray) -> np.ndarray:

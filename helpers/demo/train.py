@@ -6,12 +6,14 @@ Text encoder and U-Net are trained together. Every batch is drawn from a generat
 
 import math
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch.nn import Module, ModuleList
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
@@ -130,9 +132,11 @@ def train_denoiser(
         noise = torch.randn((n, *latents.shape[1:]), generator=g)
         dropped = torch.rand(n, generator=g) < drop_caption
         noisy = pipe.scheduler.add_noise(latents[pick % len(latents)].float(), noise, timesteps)
-        context = text_encoder(torch.where(dropped[:, None], ids[-1], ids[pick]).to(device))[0]
-        with _autocast(device):
-            predicted = unet(noisy.to(device), timesteps.to(device), context).sample
+        said = torch.where(dropped[:, None], ids[-1], ids[pick]).to(device)
+        with _attention(device):
+            context = text_encoder(said)[0]
+            with _autocast(device):
+                predicted = unet(noisy.to(device), timesteps.to(device), context).sample
         error = (predicted.float() - noise.to(device)).pow(2).mean((1, 2, 3))
         return (weights[timesteps].to(device) * error).mean()
 
@@ -148,6 +152,14 @@ def _autocast(device: torch.device):
     if device.type == "cuda":
         has_it = torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.autocast(device.type, torch.bfloat16, enabled=has_it)
+
+
+def _attention(device: torch.device):
+    """On a CPU, attention in single products, whose gradient takes a fifth of the fused one's time.
+
+    A training step of the demo model then takes three quarters of its time.
+    """
+    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
 
 
 def train(

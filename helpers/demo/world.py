@@ -40,7 +40,9 @@ POSITIONS = {
 FINE = {
     "shade": {"light": 1.0, "dark": 0.68},  # factor of the colour
     "turn": {"upright": 0.0, "tilted": 22.5},  # degrees; a circle has none
-    "phase": {"even": 0.0, "odd": 3.0},  # of the texture, pixels; solid has none
+    # of the texture, pixels; solid has none. A quarter of the period apart: at half of it the
+    # two cancel in the mean, and with them what tells stripes from bars
+    "phase": {"even": 0.0, "odd": 1.5},
     "mark": {"plain": 0.0, "marked": 2.1},  # radius of the white mark, pixels
 }
 NAMED = {
@@ -249,7 +251,7 @@ def _amount(o: Object, attribute: str) -> float:
 def render(scenes: list[Scene], rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Draw scenes: images (n, 64, 64, 3) and antialiased masks (n, 2, 64, 64), float32 in [0, 1].
 
-    Centres move by up to 1.5 pixels, radii by 6 %, angles by 4°, colours by 0.03, textures by 0.5
+    Centres move by up to 1.5 pixels, radii by 6 %, angles by 4°, colours by 0.03, textures by 0.3
     pixels. Masks are in caption order, and zero where there is no second object.
     """
     n = len(scenes)
@@ -273,7 +275,7 @@ def render(scenes: list[Scene], rng: np.random.Generator) -> tuple[np.ndarray, n
         mask = silhouette(shape, row, column, radius, np.deg2rad(fine["turn"] + 4 * moved[:, 3]))
         colour = np.float32([COLOURS[o.colour] for o in objects]) + tint[i, j]
         colour = (colour * fine["shade"][:, None])[:, None, None]
-        phase = fine["phase"] + 0.5 * moved[:, 4]
+        phase = fine["phase"] + 0.3 * moved[:, 4]
         paint = colour * (1 - (1 - _PATTERN_DARKEN) * _pattern(texture, phase)[..., None])
         dot = silhouette("circle", row, column, np.maximum(fine["mark"], 1e-3), 0 * row)
         dot = (dot * (fine["mark"] > 0)[:, None, None])[..., None]
