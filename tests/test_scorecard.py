@@ -197,11 +197,27 @@ def test_what_is_done_is_not_done_again_and_a_spent_budget_begins_nothing(done, 
     before, cell = path.read_text(), study.cells[0]
     record = files.load_json(study.path(cell))
     study.path(cell).unlink()
+    path.with_suffix(".json").unlink()  # else the table's own rows would do
     assert scorecard.run(study, budget=0) == path and not study.path(cell).exists()
     assert len(path.read_text()) < len(before)
     files.save_json(study.path(cell), record)
     scorecard.run(study)
     assert "0 are not" in capsys.readouterr().out
+    assert path.read_text() == before
+
+
+@pytest.mark.process
+def test_a_table_is_continued_where_its_cells_are_not(done, capsys):
+    study, path = done
+    before, cells = path.read_text(), study.path(study.cells[0]).parent
+    cells.rename(aside := cells.with_name("aside"))
+    scorecard.run(study)
+    assert ", 0 are not" in capsys.readouterr().out and path.read_text() == before
+    files.save_json(path.with_suffix(".json"), {"elsewhere": "other trajectories"})
+    scorecard.run(study, budget=0)
+    assert len(path.read_text().splitlines()) == 1
+    aside.rename(cells)
+    scorecard.run(study)
     assert path.read_text() == before
 
 

@@ -5,7 +5,8 @@
 A file of notebooks/parameters/sweeps says which directions are tried, in which ways, the most
 important first. A cell is one direction, of one training or draw, at several strengths, on images
 of one label. Each leaves a small JSON in runs/<run>/cells and is skipped afterwards. What there is
-goes into figures/<run>/scorecard.csv, a row a cell and strength, from which notebook 08 draws.
+goes into figures/<run>/scorecard.csv, a row a cell and strength, from which notebook 08 draws. Rows
+that are there already, of the very same trajectories, are kept: a table can be continued elsewhere.
 
 Each label has a fixed list of images that do not show it yet. They are dealt out to trainings (or
 draws of a control) in turns, so that trainings have no images in common and all directions the same
@@ -25,18 +26,14 @@ import numpy as np
 import yaml
 
 from helpers.checks import in_range, one_of, refuse
-from helpers.files import load_json, save_json, save_text
-from helpers.measure import frontier
-from helpers.plots.sheet import sheet
-from helpers.plots.style import save_figure
-from helpers.run import directions, sweep
+from helpers.files import load_json, save_json
+from helpers.run import directions, gallery, sweep, tables
 from helpers.run.bench import PART, Bench
 from helpers.run.folder import figures_folder, fingerprint, run_folder
 from helpers.run.workers import Workers, command, work_off
 
 MEANS = ("inside", "outside", "change", "distance")  # of all images of a row
 HALVED = ("success", "kept", "gain")  # of either half: one chooses strengths for the other
-SHOWN = ("a=1", "a=0", "raw", "class means", "random a=1", "prompt")  # in the gallery
 ROW = ("direction", "seed", "label", "condition", "auroc", "strength", "n", *MEANS)
 ROW += tuple(f"{name} {half}" for half in (1, 2) for name in HALVED)
 VALUES = {  # of a cell's fields that have few
@@ -82,6 +79,10 @@ class Study(sweep.Sweep):
         """Fingerprint of what dictionaries are trained on."""
         manifest = run_folder(self.run_of(self.dictionary)) / "trajectories" / "manifest.json"
         return fingerprint(manifest)
+
+    @property
+    def made_from(self) -> dict[str, str]:
+        return {self.run_of(self.dictionary): self.trajectories}
 
     @property
     def last_step(self) -> int:
@@ -194,20 +195,43 @@ def condition(cell: Cell, default: Cell) -> str:
 
 
 def table(study: Study) -> str:
-    """The CSV of all cells that are done."""
-    text = io.StringIO()
+    """The CSV of all cells that are done, with the rows of those that were done elsewhere."""
+    text, done, kept = io.StringIO(), _paths(study), _kept(study)
     out = csv.writer(text, lineterminator="\n")
     out.writerow(ROW)
-    for cell, path in _paths(study).items():
-        record = load_json(path)
+    for cell in study.cells:
+        out.writerows([*_columns(study, cell), *row] for row in kept.get(cell, []))
+        if cell not in done:
+            continue
+        record = load_json(done[cell])
         auroc = "" if record["auroc"] is None else f"{record['auroc']:.3g}"
-        key = cell.direction, cell.seed, cell.label, condition(cell, study.default), auroc
+        key = *_columns(study, cell), auroc
         for strength, of in record["outcomes"].items():
             of = {name: np.array(values, float) for name, values in of.items()}  # null: NaN
             means = [_mean(of[name]) if name in of else "" for name in MEANS]
             halves = [_mean(of[name][half::2]) for half in (0, 1) for name in HALVED]
             out.writerow([*key, strength, len(of["gain"]), *means, *halves])
     return text.getvalue()
+
+
+def _columns(study: Study, cell: Cell) -> tuple[str, ...]:
+    """The first columns of a cell's rows."""
+    return cell.direction, str(cell.seed), cell.label, condition(cell, study.default)
+
+
+def _kept(study: Study) -> dict[Cell, list[list[str]]]:
+    """What the table says of cells that are not done here, if of the same trajectories."""
+    path, done, found = csv_of(study), _paths(study), {}
+    if not tables.unchanged(path, study.made_from):
+        return found
+    rows = tables.rows(path, 4)
+    for cell in (cell for cell in study.cells if cell not in done):
+        n = str(len(range(cell.seed, cell.images, cell.seeds)))
+        own = {row[1]: row for row in rows.get(_columns(study, cell), []) if row[2] == n}
+        strengths = [f"{strength:g}" for strength in cell.strengths]
+        if set(strengths) <= set(own):
+            found[cell] = [own[strength] for strength in strengths]
+    return found
 
 
 def _mean(values: np.ndarray) -> str:
@@ -217,31 +241,6 @@ def _mean(values: np.ndarray) -> str:
 def csv_of(study: Study) -> Path:
     """Where the table stands: beside the figures, committed."""
     return figures_folder(study.run) / "scorecard.csv"
-
-
-def gallery(study: Study, n: int = 6) -> None:
-    """Sheets of images of the first label of each attribute, as far as `SHOWN` is done.
-
-    Each direction at the strength that is best on half of its images; shown are others, with a
-    tick on each success.
-    """
-    bench, done = _bench(study.name), _paths(study)
-    labels = {label.partition("=")[0]: label for label in reversed(study.labels)}.values()
-    plain = [c for c in done if c.seed == 0 and not condition(c, study.default)]
-    for label in labels:
-        cells = {c.direction: c for c in reversed(plain) if c.label == label}
-        if SHOWN[0] not in cells:
-            continue
-        picks = bench.picks(cells[SHOWN[0]])[1::2][:n]
-        rows, ticks = {"unsteered": bench.lab(cells[SHOWN[0]]).pool.images[picks]}, {}
-        for cell in (cells[name] for name in SHOWN if name in cells):
-            gains = [of["gain"][::2] for of in load_json(done[cell])["outcomes"].values()]
-            strength = cell.strengths[frontier.best(np.mean(gains, axis=1))]
-            images, measured = bench.shown(cell, strength, picks)
-            name = cell.direction + f", ×{strength:g}" * (cell.direction != "prompt")
-            rows[name], ticks[name] = images, ["✓" * bool(done) for done in measured["success"]]
-        fig = sheet(rows, ticks, title=label)
-        save_figure(fig, figures_folder(study.run), f"gallery_{label.replace('=', '_')}")
 
 
 def _paths(study: Study) -> dict[Cell, Path]:
@@ -260,15 +259,18 @@ def run(study: Study, processes: int = 1, budget: float = float("inf")) -> Path:
                 if time.time() < deadline:
                     _do_all(study, name, cells, workers, deadline)
         finally:  # also of a study that is stopped
-            save_text(csv_of(study), table(study))
-    gallery(study)
+            tables.save(csv_of(study), table(study), study.made_from)
+    done = _paths(study).items()
+    plain = {c: path for c, path in done if c.seed == 0 and not condition(c, study.default)}
+    gallery.draw(_bench(study.name), plain)
     return csv_of(study)
 
 
 def _do_all(study: Study, name: str, cells: list[Cell], workers: Workers, deadline: float):
     """Do one of the studies: unsteered images, dictionaries, cells."""
     cells = list(dict.fromkeys(cells))
-    todo = [cell for cell in cells if not study.path(cell).exists()]
+    kept = _kept(study)
+    todo = [c for c in cells if c not in kept and not study.path(c).exists()]
     images = sum(map(n_images, todo))
     print(f"{name}: {len(cells) - len(todo)} cells are done, {len(todo)} are not: {images} images")
     if not todo:

@@ -24,9 +24,9 @@ import numpy as np
 import yaml
 
 from helpers.checks import nearest, refuse
-from helpers.files import load_json, load_tensors, save_json, save_tensors, save_text
+from helpers.files import load_json, load_tensors, save_json, save_tensors
 from helpers.measure.readouts import Readout, stability
-from helpers.run import decided, jobs, methods, parameters
+from helpers.run import decided, jobs, methods, parameters, tables
 from helpers.run.folder import figures_folder, fingerprint, run_folder
 from helpers.run.workers import Workers, command, work_off
 
@@ -233,16 +233,10 @@ def _trajectories(sweep: Sweep) -> dict[str, str]:
 
 def _kept(sweep: Sweep) -> dict[Cell, list[list[str]]]:
     """Read-outs in the table of cells that are not done here, if of the same trajectories."""
-    path, n = csv_of(sweep), len(fields(Cell))
-    if not path.exists() or not path.with_suffix(".json").exists():
-        return {}
-    made_of, here, done = load_json(path.with_suffix(".json")), _trajectories(sweep), _paths(sweep)
-    rows: dict[tuple, list[list[str]]] = {}
-    for row in csv.reader(path.read_text().splitlines()[1:]):
-        rows.setdefault(tuple(row[:n]), []).append(row[n:])
-    found = {cell: rows.get(tuple(_columns(cell)), []) for cell in sweep.cells if cell not in done}
-    same = {run for run, of in here.items() if made_of.get(run) == of}
-    return {cell: own for cell, own in found.items() if own and sweep.run_of(cell) in same}
+    path, done = csv_of(sweep), _paths(sweep)
+    rows, same = tables.rows(path, len(fields(Cell))), tables.unchanged(path, _trajectories(sweep))
+    cells = [cell for cell in sweep.cells if cell not in done and sweep.run_of(cell) in same]
+    return {cell: own for cell in cells if (own := rows.get(tuple(_columns(cell))))}
 
 
 def csv_of(sweep: Sweep) -> Path:
@@ -282,8 +276,7 @@ def run(sweep: Sweep, processes: int = 1, budget: float = float("inf")) -> Path:
         try:
             work_off(workers, do, [(sweep, cell, deadline) for cell in todo])
         finally:  # also of a sweep that is stopped
-            save_text(csv_of(sweep), table(sweep))
-            save_json(csv_of(sweep).with_suffix(".json"), _trajectories(sweep))
+            tables.save(csv_of(sweep), table(sweep), _trajectories(sweep))
     return csv_of(sweep)
 
 
