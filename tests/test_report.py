@@ -113,6 +113,38 @@ def test_findings_are_five_sentences_whose_words_the_figures_choose():
     assert "not each space is led" in report.findings(other)
 
 
+STUDY = {
+    "auroc | a=1": [-0.1, -0.12, -0.08],
+    "probe 20 | a=1": [-0.06, -0.07, -0.05],
+    "ev | a=1": [-0.15, -0.16, -0.14],
+    "ev, residual space | a=1": [0.3, 0.2, 0.4],
+    "peak share, trained less untrained | open a=1": [0.02, 0.01, 0.03],
+    "when | open sae a=1": [0.2, 0.1, 0.3],
+    "when | open untrained a=1": [0.0, -0.1, 0.1],
+}
+
+
+def test_what_residualizing_does_is_told_by_the_figures():
+    text = report.residualizing(STUDY)
+    assert [line[:2] for line in text.splitlines()] == ["1.", "2.", "3."]
+    for words in (
+        "-0.150 [-0.160, -0.140]",
+        "It splits features",
+        "It buys",
+        "evidence tells when",
+    ):
+        assert words in text
+    other = STUDY | {
+        "auroc | a=1": [-0.1, -0.22, 0.02],
+        "peak share, trained less untrained | open a=1": [0.02, -0.01, 0.03],
+        "when | open untrained a=1": [0.25, 0.1, 0.4],
+    }
+    text = report.residualizing(other)
+    for words in ("does not split features", "does not buy", "evidence does not tell when"):
+        assert words in text
+    assert "–" in report.residualizing({})  # nothing is known yet
+
+
 PAGE = "before\n<!-- results: begin -->\nold\n<!-- results: end -->\nafter\n"
 
 
@@ -131,13 +163,15 @@ def test_only_what_stands_between_the_markers_is_replaced(tmp_path):
 def test_both_pages_are_written_from_the_metrics_folders(tmp_path):
     (tmp_path / "figures").mkdir()
     for page in (tmp_path / "README.md", tmp_path / "figures" / "README.md"):
-        page.write_text(PAGE)
+        page.write_text(PAGE + PAGE.replace("results", "residualizing"))
     figures, model_figures = tmp_path / "figures" / "demo", tmp_path / "figures" / "demo_model"
     for name, m in METRICS.items():
         folder = model_figures if name == "00" else figures
         save_json(folder / "metrics" / f"{name}_notebook.json", {"metrics": m}, sort_keys=False)
+    save_json(figures / "metrics" / "07_x.json", {"metrics": {"differences": STUDY}})
     report.write(tmp_path, figures, model_figures)
-    assert report.findings(METRICS) in (tmp_path / "README.md").read_text()
+    written = (tmp_path / "README.md").read_text()
+    assert report.findings(METRICS) in written and report.residualizing(STUDY) in written
     assert report.tables(METRICS) in (tmp_path / "figures" / "README.md").read_text()
     (figures / "metrics" / "05_notebook.json").unlink()
     with pytest.raises(FileNotFoundError, match="05"):

@@ -27,6 +27,9 @@ def write(root: Path, figures: Path, model_figures: Path) -> None:
     metrics = load(figures, model_figures)
     put_between(root / "figures" / "README.md", "results", tables(metrics))
     put_between(root / "README.md", "results", findings(metrics))
+    (study,) = figures.glob("metrics/07_*.json")
+    told = residualizing(load_json(study)["metrics"]["differences"])
+    put_between(root / "README.md", "residualizing", told)
 
 
 def put_between(page: Path, name: str, text: str) -> None:
@@ -122,3 +125,32 @@ in activation and in residual space is {raw[0]:.2f} and {raw[1]:.2f} for raw coo
 {", ".join(f"{auroc[name]} ({name})" for name in ranked)}.
 5. Of {next(iter(verdicts.values()))["of"]} targets, steering along the residual latent is \
 ahead of {", ".join(against)}."""
+
+
+def residualizing(found: dict[str, list[float]]) -> str:
+    """Three sentences on what residual coordinates do, from notebook 07's differences from raw."""
+
+    def of(name: str) -> Estimate:
+        return Estimate(*found.get(name, [float("nan")] * 3))
+
+    def by(name: str) -> str:
+        value, low, high = of(name)
+        return f"{value:+.3f} [{low:+.3f}, {high:+.3f}]"
+
+    one, several = of("auroc | a=1"), of("probe 20 | a=1")
+    splits = one.high < 0 and several.value > one.value
+    gain = of("peak share, trained less untrained | open a=1")
+    own, floor = of("when | open sae a=1"), of("when | open untrained a=1")
+    told = "tells" if own.low > max(0, floor.value) else "does not tell"
+    return f"""\
+1. **It moves the error**: explained variance changes by {by("ev | a=1")} in activation space and \
+by {by("ev, residual space | a=1")} in residual space.
+2. **It {"splits features" if splits else "does not split features"}**: the AUROC of a label's \
+best latent changes by {by("auroc | a=1")}, that of its best 20 latents together by \
+{by("probe 20 | a=1")}.
+3. **It {"buys" if gain.low > 0 else "does not buy"} concentration in time, and its evidence \
+{told} when an attribute is decided**: training adds {gain.value:+.3f} to the share of a code's \
+evidence in its peak step (raw {of("peak share, trained less untrained | open raw").value:+.3f}), \
+and the rank correlation of evidence with decisions, less that for other attributes, is {own} \
+(raw {of("when | open sae raw")}, untrained {floor}, a probe at each step \
+{of("when | open ceiling raw")})."""
