@@ -160,10 +160,28 @@ def test_only_what_stands_between_the_markers_is_replaced(tmp_path):
         assert page.read_text() == broken
 
 
+def test_figures_in_a_text_are_those_of_their_metrics(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(
+        "| EV <!--04: ev / raw concat / activation-->old<!----> and "
+        "<!--02: ev / ridge / 1 / 0-->?<!----> | <!-- a remark --> |"
+    )
+    report.renew(page, METRICS)
+    assert page.read_text() == (
+        "| EV <!--04: ev / raw concat / activation-->0.91 [0.90, 0.92]<!----> and "
+        "<!--02: ev / ridge / 1 / 0-->0.95<!----> | <!-- a remark --> |"
+    )
+    for wrong in ("04: ev / raw", "09: ev", "02: ev / ridge / 7"):
+        page.write_text(f"<!--{wrong}-->1<!---->")
+        with pytest.raises(ValueError, match="a figure in page.md"):
+            report.renew(page, METRICS)
+
+
 def test_both_pages_are_written_from_the_metrics_folders(tmp_path):
     (tmp_path / "figures").mkdir()
     for page in (tmp_path / "README.md", tmp_path / "figures" / "README.md"):
         page.write_text(PAGE + PAGE.replace("results", "residualizing"))
+    (tmp_path / "REPRODUCE.md").write_text("<!--01: slowdown-->1<!---->")
     figures, model_figures = tmp_path / "figures" / "demo", tmp_path / "figures" / "demo_model"
     for name, m in METRICS.items():
         folder = model_figures if name == "00" else figures
@@ -171,6 +189,7 @@ def test_both_pages_are_written_from_the_metrics_folders(tmp_path):
     save_json(figures / "metrics" / "07_x.json", {"metrics": {"differences": STUDY}})
     report.write(tmp_path, figures, model_figures)
     written = (tmp_path / "README.md").read_text()
+    assert ">1.01<" in (tmp_path / "REPRODUCE.md").read_text()
     assert report.findings(METRICS) in written and report.residualizing(STUDY) in written
     assert report.tables(METRICS) in (tmp_path / "figures" / "README.md").read_text()
     (figures / "metrics" / "05_notebook.json").unlink()

@@ -167,7 +167,7 @@ def test_what_is_done_is_not_done_again_and_a_spent_budget_begins_nothing(done, 
 
 
 @pytest.mark.process
-def test_a_table_is_continued_where_its_cells_are_not(done, capsys, monkeypatch):
+def test_a_table_is_continued_where_its_cells_are_not(done, capsys):
     found, path = done
     before, elsewhere = path.read_text(), path.parent / "elsewhere"
     (found_run := sweep.run_folder(found.run) / "cells").rename(elsewhere)
@@ -182,9 +182,8 @@ def test_a_table_is_continued_where_its_cells_are_not(done, capsys, monkeypatch)
     assert of_more.less_raw["ev"] < 0
     # a table of other trajectories is not continued
     files.save_json(path.with_suffix(".json"), {})
-    monkeypatch.setattr(sweep, "do", lambda *_: "")
     assert sweep.run(found, budget=0) == path
-    assert f", {len(found.cells) - 2} are not" in capsys.readouterr().out
+    assert len(path.read_text().splitlines()) < 0.3 * len(before.splitlines())
     del found.studies["more"]
     shutil.rmtree(found_run)
     elsewhere.rename(found_run)

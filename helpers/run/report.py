@@ -1,9 +1,11 @@
 """Tables and findings, written from the metrics that the notebooks measured, never by hand."""
 
+import re
 from pathlib import Path
 
 from tabulate import tabulate
 
+from helpers.checks import refuse
 from helpers.files import load_json, save_text
 from helpers.measure.metrics import Estimate
 
@@ -23,13 +25,14 @@ def load(figures: Path, model_figures: Path) -> dict[str, dict]:
 
 
 def write(root: Path, figures: Path, model_figures: Path) -> None:
-    """Renew the tables in figures/README.md and the findings in README.md."""
+    """Renew tables in figures/README.md, findings in README.md and figures in REPRODUCE.md."""
     metrics = load(figures, model_figures)
     put_between(root / "figures" / "README.md", "results", tables(metrics))
     put_between(root / "README.md", "results", findings(metrics))
     (study,) = figures.glob("metrics/07_*.json")
     told = residualizing(load_json(study)["metrics"]["differences"])
     put_between(root / "README.md", "residualizing", told)
+    renew(root / "REPRODUCE.md", metrics)
 
 
 def put_between(page: Path, name: str, text: str) -> None:
@@ -40,6 +43,27 @@ def put_between(page: Path, name: str, text: str) -> None:
     if not (found and ended):
         raise ValueError(f"{page.name} has no markers {begin} and {end}; put them back")
     save_text(page, f"{before}{begin}\n{text}\n{end}{after}")
+
+
+def renew(page: Path, metrics: dict[str, dict]) -> None:
+    """Renew each figure that stands in a page's text behind the metric that it is.
+
+    As `<!--04: ev / raw concat / activation-->0.87 [0.86, 0.88]<!---->`: notebook, then keys, or a
+    number for a list's entry. ValueError for one that the notebook did not measure.
+    """
+
+    def figure(match: re.Match) -> str:
+        value = metrics.get(match[1])
+        for key in match[2].split(" / "):
+            try:
+                value = value[int(key) if isinstance(value, list) else key]
+            except (KeyError, IndexError, TypeError, ValueError):
+                refuse(f"a figure in {page.name}", match[0], "a metric that the notebook measured")
+        shown = "{} [{}, {}]" if isinstance(value, list) else "{}"
+        numbers = value if isinstance(value, list) else [value]
+        return f"<!--{match[1]}: {match[2]}-->{shown.format(*(f'{v:.2f}' for v in numbers))}<!---->"
+
+    save_text(page, re.sub(r"<!--(\d\d): (.+?)-->.*?<!---->", figure, page.read_text()))
 
 
 def table(rows: list[dict]) -> str:

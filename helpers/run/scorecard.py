@@ -253,7 +253,7 @@ def run(study: Study, processes: int = 1, budget: float = float("inf")) -> Path:
     deadline = time.time() + budget
     only = study.dictionary.captions
     with Workers(processes) as workers:
-        list(workers(sweep.collect, [(study, (i, processes), only) for i in range(processes)]))
+        list(workers(sweep.collect, [(study, only, (i, processes)) for i in range(processes)]))
         try:
             for name, cells in study.studies.items():
                 if time.time() < deadline:

@@ -158,11 +158,9 @@ def _checked(sweep: Sweep, cell: Cell) -> Cell:
     return cell
 
 
-def collect(sweep: Sweep, share: tuple[int, int] = (0, 1), only: str = "") -> None:
-    """Collect the trajectories of all captions or of some, or a share (index, n) of shards."""
-    for captions, collected in sweep.collections.items():
-        if only in ("", captions):
-            jobs.collect(collected, share=share)
+def collect(sweep: Sweep, captions: str, share: tuple[int, int] = (0, 1)) -> None:
+    """Collect the trajectories of some captions, or a share (index, n) of their shards."""
+    jobs.collect(sweep.collections[captions], share=share)
 
 
 def find_decided(sweep: Sweep, captions: str) -> None:
@@ -232,10 +230,14 @@ def _trajectories(sweep: Sweep) -> dict[str, str]:
 
 
 def _kept(sweep: Sweep) -> dict[Cell, list[list[str]]]:
-    """Read-outs in the table of cells that are not done here, if of the same trajectories."""
-    path, done = csv_of(sweep), _paths(sweep)
-    rows, same = tables.rows(path, len(fields(Cell))), tables.unchanged(path, _trajectories(sweep))
-    cells = [cell for cell in sweep.cells if cell not in done and sweep.run_of(cell) in same]
+    """Read-outs in the table of cells that are not done here.
+
+    If their trajectories are the very same, or not collected here, so that nobody can tell.
+    """
+    path, done, here = csv_of(sweep), _paths(sweep), _trajectories(sweep)
+    changed = set(here) - tables.unchanged(path, here)
+    cells = [c for c in sweep.cells if c not in done and sweep.run_of(c) not in changed]
+    rows = tables.rows(path, len(fields(Cell)))
     return {cell: own for cell in cells if (own := rows.get(tuple(_columns(cell))))}
 
 
@@ -246,7 +248,9 @@ def csv_of(sweep: Sweep) -> Path:
 
 def _paths(sweep: Sweep) -> dict[Cell, Path]:
     """The cells that are done, and their files."""
-    return {cell: path for cell in sweep.cells if (path := sweep.path(cell)).exists()}
+    here = _trajectories(sweep)
+    paths = {cell: sweep.path(cell) for cell in sweep.cells if sweep.run_of(cell) in here}
+    return {cell: path for cell, path in paths.items() if path.exists()}
 
 
 def _stabilities(sweep: Sweep, done):
@@ -263,21 +267,30 @@ def _stabilities(sweep: Sweep, done):
 
 
 def run(sweep: Sweep, processes: int = 1, budget: float = float("inf")) -> Path:
-    """Collect, train what is not done, write the CSV; after `budget` seconds no cell is begun."""
+    """Do study after study what is not done, write the CSV; past `budget` seconds begin nothing."""
     deadline = time.time() + budget
     with Workers(processes) as workers:
-        list(workers(collect, [(sweep, (i, processes)) for i in range(processes)]))
-        list(workers(find_decided, [(sweep, captions) for captions in sweep.collections]))
-        done, kept = _paths(sweep), _kept(sweep)
-        todo = [cell for cell in sweep.cells if cell not in done and cell not in kept]
-        raw = {replace(cell, coordinates="raw") for cell in todo}  # what these are held against
-        todo = [cell for cell in sweep.cells if cell in todo or (cell in kept and cell in raw)]
-        print(f"{len(sweep.cells) - len(todo)} cells are done, {len(todo)} are not", flush=True)
         try:
-            work_off(workers, do, [(sweep, cell, deadline) for cell in todo])
+            for name, cells in sweep.studies.items():
+                if time.time() < deadline:
+                    _do_all(sweep, name, list(dict.fromkeys(cells)), workers, deadline)
         finally:  # also of a sweep that is stopped
-            tables.save(csv_of(sweep), table(sweep), _trajectories(sweep))
+            text = table(sweep)
+            tables.save(csv_of(sweep), text, _trajectories(sweep))
     return csv_of(sweep)
+
+
+def _do_all(sweep: Sweep, name: str, cells: list[Cell], workers: Workers, deadline: float):
+    """Do one of the studies: trajectories, when things were decided, cells."""
+    for captions in dict.fromkeys(cell.captions for cell in cells):
+        list(workers(collect, [(sweep, captions, (i, workers.n)) for i in range(workers.n)]))
+        list(workers(find_decided, [(sweep, captions)]))
+    done, kept = _paths(sweep), _kept(sweep)
+    todo = [cell for cell in cells if cell not in done and cell not in kept]
+    raw = {replace(cell, coordinates="raw") for cell in todo}  # what these are held against
+    todo += [cell for cell in sweep.cells if cell in raw and cell in kept]
+    print(f"{name}: {len(cells) - len(todo)} cells are done, {len(todo)} are not", flush=True)
+    work_off(workers, do, [(sweep, cell, deadline) for cell in todo])
 
 
 if __name__ == "__main__":

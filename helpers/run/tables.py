@@ -10,15 +10,19 @@ from helpers.files import load_json, save_json, save_text
 
 
 def save(path: Path, text: str, made_from: dict[str, str]) -> None:
-    """Write a table, and what it was made from."""
+    """Write a table, and what it was made from; what it was before stays, but for these."""
     save_text(path, text)
-    save_json(path.with_suffix(".json"), made_from)
+    save_json(path.with_suffix(".json"), _made_from(path) | made_from)
+
+
+def _made_from(path: Path) -> dict[str, str]:
+    record = path.with_suffix(".json")
+    return load_json(record) if record.exists() else {}
 
 
 def unchanged(path: Path, made_from: dict[str, str]) -> set[str]:
     """Those trajectories that a table's rows were made from as they are now."""
-    record = path.with_suffix(".json")
-    before = load_json(record) if path.exists() and record.exists() else {}
+    before = _made_from(path)
     return {name for name, fingerprint in made_from.items() if before.get(name) == fingerprint}
 
 
