@@ -18,6 +18,7 @@ COLOURS = {
     "raw concat": "#D55E00",  # vermilion
     "residual one step": "#56B4E9",  # sky blue
     "raw one step": "#E69F00",  # orange
+    "matryoshka": "#DDCC77",  # sand
     "PCA raw": "#009E73",  # green
     "PCA residual": "#00543D",
     "neurons": "#CC79A7",  # pink

@@ -29,6 +29,7 @@ FILES = {  # what a run hands on: its file, and the notebook that writes it
     "trajectories": ("trajectories/manifest.json", "01_collect_trajectories"),
     "predictors": ("predictors.safetensors", "02_fit_predictors"),
     "sae": ("sae.safetensors", "03_train_residual_sae"),
+    "residual concat": ("sae.safetensors", "03_train_residual_sae"),
     "latents": ("latents.json", "05_spatiotemporal_heatmaps"),
 }
 PACKAGES = ("torch", "diffusers", "transformers", "numpy", "scikit-learn", "safetensors")
@@ -60,8 +61,7 @@ class Run:
 
     def path(self, what: str) -> Path:
         """Where a file of the run lies: one of FILES, or a baseline by its name."""
-        baseline = f"baselines/{what.replace(' ', '_')}.safetensors"
-        return self.folder / FILES.get(what, (baseline,))[0]
+        return path_in(self.folder, what)
 
     def made_from(self, what: str) -> dict[str, str]:
         """For the record of a file that is made from trajectories, predictors or dictionary."""
@@ -174,6 +174,12 @@ def run_folder(run: str) -> Path:
     if not isinstance(run, str) or not (named or Path(run).is_absolute()):
         refuse("run", run, "letters, digits, '.', '_' and '-', or an absolute path")
     return _parameters.ROOT / "runs" / run
+
+
+def path_in(folder: Path, what: str) -> Path:
+    """Where a file lies in a run's folder: one of FILES, or a baseline of notebook 04 by name."""
+    baseline = f"baselines/{what.replace(' ', '_')}.safetensors"
+    return folder / FILES.get(what, (baseline,))[0]
 
 
 def figures_folder(run: str) -> Path:

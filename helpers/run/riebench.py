@@ -12,11 +12,9 @@ from __future__ import annotations
 
 import argparse
 import csv
-import hashlib
 import io
-import json
 import sys
-from dataclasses import asdict, astuple, dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +29,8 @@ from helpers.measure.encoders import Encoder, Segmenter
 from helpers.measure.lpips import LPIPS
 from helpers.measure.transport import CHOICES, KINDS, Bench, Case, read_cases, scores
 from helpers.run import parameters
-from helpers.run.folder import FILES, figures_folder, fingerprint, load_model, run_folder
+from helpers.run.folder import figures_folder, fingerprint, load_model, path_in, run_folder
+from helpers.run.sweep import cell_path, file_of
 from helpers.store.read import Store
 
 EFFICIENCY = ("ΔCLIP-T", "LPIPS to original")
@@ -57,10 +56,7 @@ class Protocol:
 
 def load(name: str) -> Protocol:
     """Read notebooks/parameters/sweeps/<name>.yaml, or a .yaml file by its path."""
-    folder = parameters.NOTEBOOKS / "parameters" / "sweeps"
-    path = Path(name) if name.endswith((".yaml", ".yml")) else folder / f"{name}.yaml"
-    if not path.exists():
-        refuse("the file of a protocol", name, "riebench, or a path ending in .yaml")
+    path = file_of(name)
     given = yaml.safe_load(path.read_text())
     known = {f.name: ("", f.type) for f in fields(Protocol)}
     parameters.refuse_unknown(given, known, f"{path.name}: a parameter")
@@ -121,7 +117,7 @@ def run(p: Protocol, bench: Bench | None = None) -> Path:
     n = 2 + len(p.dictionaries) * len(p.choices) * len(p.strengths)
     print(f"{len(cases)} cases, {n} images each: {n * len(cases)} images", flush=True)
     bench = bench or bench_of(p)
-    folder, records = run_folder(p.run) / _digest(p), []
+    folder, records = _folder(p), []
     for i, case in enumerate(cases, 1):
         path = folder / f"{case.name}.json"
         found = load_json(path) if path.exists() else do(bench, case, path)
@@ -136,15 +132,13 @@ def run(p: Protocol, bench: Bench | None = None) -> Path:
 
 def _paths(p: Protocol) -> dict[str, Path]:
     """Where dictionaries lie, as notebooks 03 and 04 leave them."""
-    names = {n: f"baselines/{n.replace(' ', '_')}.safetensors" for n in p.dictionaries}
-    names |= {"residual concat": FILES["sae"][0]} if "residual concat" in names else {}
-    return {n: run_folder(p.of) / file for n, file in names.items()}
+    return {name: path_in(run_folder(p.of), name) for name in p.dictionaries}
 
 
-def _digest(p: Protocol) -> str:
-    """Of all that scores depend on: a folder's name."""
-    made_of = [*astuple(p), *(fingerprint(path) for path in _paths(p).values() if path.exists())]
-    return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
+def _folder(p: Protocol) -> Path:
+    """Where cases go, named by all that their scores depend on."""
+    there = [fingerprint(path) for path in _paths(p).values() if path.exists()]
+    return cell_path(p.run, asdict(p) | {"made_from": there}, "cases", "")
 
 
 def _segment(p: Protocol):
