@@ -284,7 +284,7 @@ def _do_all(sweep: Sweep, name: str, cells: list[Cell], workers: Workers, deadli
     """Do one of the studies: trajectories, when things were decided, cells."""
     for captions in dict.fromkeys(cell.captions for cell in cells):
         list(workers(collect, [(sweep, captions, (i, workers.n)) for i in range(workers.n)]))
-        list(workers(find_decided, [(sweep, captions)]))
+        find_decided(sweep, captions)  # here, with all threads
     done, kept = _paths(sweep), _kept(sweep)
     todo = [cell for cell in cells if cell not in done and cell not in kept]
     raw = {replace(cell, coordinates="raw") for cell in todo}  # what these are held against
