@@ -101,6 +101,7 @@ def test_findings_are_five_sentences_whose_words_the_figures_choose():
     text = report.findings(METRICS)
     assert [line[:2] for line in text.splitlines()] == ["1.", "2.", "3.", "4.", "5."]
     for words in (
+        "meets 1 of 1 aims, set",
         "0.80 to 0.95",
         "no change 0.50 to 0.70",
         "0.800 [0.790, 0.810] (raw SAE)",
@@ -110,7 +111,9 @@ def test_findings_are_five_sentences_whose_words_the_figures_choose():
     assert text.index("(raw SAE)") < text.index("(residual SAE)")  # the best comes first
     other = copy.deepcopy(METRICS)
     other["04"]["ev"]["residual concat"]["activation"][0] = 0.95
-    assert "not each space is led" in report.findings(other)
+    other["00"]["aims"]["colour at its place"] = {"met": False}
+    text = report.findings(other)
+    assert "not each space is led" in text and "1 of 2 aims and misses colour at its place" in text
 
 
 STUDY = {

@@ -137,9 +137,12 @@ def findings(metrics: dict[str, dict]) -> str:
     ranked = sorted(auroc, key=lambda name: -auroc[name].value)
     verdicts = steered["verdicts"]
     against = (f"{name} on {v['ahead']} (behind on {v['behind']})" for name, v in verdicts.items())
+    missed = [name for name, aim in model["aims"].items() if not aim["met"]]
+    met = f"{len(model['aims']) - len(missed)} of {len(model['aims'])} aims"
+    met += f" and misses {', '.join(missed)}" if missed else ""
     return f"""\
 1. The shipped model draws all that a caption of one object says in \
-{Estimate(*model["aims"]["all"]["measured"])} of images.
+{Estimate(*model["aims"]["all"]["measured"])} of images; it meets {met}, set before its training.
 2. A linear predictor explains {ends["ridge"]} of the next kept step's variance, \
 no change {ends["identity"]}.
 3. Of the two concatenated SAEs, {led} space is led by the one trained in it: explained variance \
