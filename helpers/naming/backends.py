@@ -22,7 +22,7 @@ from PIL import Image
 
 from helpers.checks import choose_device, in_range, positive, refuse
 
-SIDES = 256, 768  # least and most pixels of an image's longer side, as it is sent
+SIDES = 224, 1024  # least pixels of an image's shorter side, most of its longer, as it is sent
 LONGEST_WAIT = 60.0  # seconds between two tries
 PASSING = (408, 409, 425, 429)  # statuses that may pass, as all from 500 on may
 
@@ -37,20 +37,20 @@ class Answer:
 
 
 def pictures(images) -> list[Image.Image]:
-    """Images (image, height, width, 3 or 1) in [0, 1] as they are sent, 8 bits, sides in `SIDES`.
+    """Images (image, height, width, 3 or 1) in [0, 1] as they are sent, 8 bits a channel.
 
-    Small ones are enlarged by whole numbers, so that every pixel stays visible.
+    Small ones are enlarged by a whole number, so that every pixel stays visible; see `SIDES`.
     """
     images = np.asarray(images)
     pixels = (np.clip(images, 0, 1) * 255).round().astype(np.uint8)
     pixels = np.broadcast_to(pixels, (*pixels.shape[:3], 3))
-    longer = max(pixels.shape[1:3])
     least, most = SIDES
-    times = max(1, -(-least // longer))
+    times = max(1, -(-least // min(pixels.shape[1:3])))
     size = pixels.shape[2] * times, pixels.shape[1] * times  # width, height
-    if longer > most:
-        size = tuple(max(1, round(side * most / longer)) for side in size)
-    how = Image.Resampling.BOX if longer > most else Image.Resampling.NEAREST
+    too_long = max(size) > most
+    if too_long:
+        size = tuple(max(1, round(side * most / max(size))) for side in size)
+    how = Image.Resampling.BOX if too_long else Image.Resampling.NEAREST
     return [Image.fromarray(np.ascontiguousarray(p)).resize(size, how) for p in pixels]
 
 
