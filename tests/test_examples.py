@@ -47,7 +47,7 @@ def test_a_feature_that_fires_nearly_always_has_hardly_any_images_of_silence():
 @pytest.mark.parametrize(
     "strength, nearest, said",
     [
-        ([0, 0, 1.0], None, "above 0 in 1; it must be above 0 in two images"),
+        ([0, 0, 1.0], None, "above 0 in 1'; it must be above 0 in two images"),
         ([0, np.nan, 1.0], None, "strength is nan"),
         ([[1.0, 2.0]], None, "shape of strength"),
         ([1.0, 2.0, 0], [1.0], "nearest is 'of 1 images'"),

@@ -32,6 +32,10 @@ def test_names_worked_by_hand():
     values = {"position": "top left", "colour": "red", "shade": "dark", "shape": "circle"}
     assert namer.name_of(values) == "dark red circle at the top left"
     assert namer.name_of({"mark": "marked"}) == "marked thing" and namer.name_of({}) == ""
+    assert namer.says("dark red circle", "colour=red") and namer.says(
+        "sky background", "background=sky"
+    )
+    assert not namer.says("red circle", "shape=square") and not namer.says("", "colour=red")
     assert namer.parse("sky background") == {"background": "sky"}
     assert sum(map(len, world.ATTRIBUTES.values())) == len(namer.VALUES)  # no word says two things
 

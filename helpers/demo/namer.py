@@ -55,6 +55,12 @@ def parse(name: str) -> dict[str, str]:
     return found
 
 
+def says(name: str, label: str) -> bool:
+    """Whether a name, '' for none, says a label such as 'colour=red', be it among other things."""
+    attribute, _, value = label.partition("=")
+    return bool(name) and parse(name).get(attribute) == value
+
+
 def describe(panels: np.ndarray) -> dict[str, str]:
     """What the brightest things of panels have in common: 'patterns' and 'name', '' for nothing.
 
@@ -119,7 +125,7 @@ def _reading(pixels: bytes) -> reader.Reading:
 def _brightest(panel: np.ndarray):
     image, lit = unpanel(panel)
     things = [(lit[region].mean(), thing) for thing, region in _regions(image) if region.any()]
-    return max(things, key=lambda t: t[0])[1] if things and lit.max() > 0 else None
+    return max(things, key=lambda t: t[0])[1] if things and lit.max() > 0.01 else None
 
 
 def judge(image: np.ndarray, name: str) -> float:
@@ -211,11 +217,10 @@ def measure(features: Planted, *, n_described=10, n_judged=10, seed: int = 0) ->
         examples.append(choose(strength, rival, **sizes))
         given = features.images, features.maps[i], examples[-1]
         found.append(names.describe_and_score(describe, judge, locate, *given))
-    truth = [label.partition("=")[::2] for label in features.labels]
-    said = [parse(f.name) if f.name else {} for f in found]
-    right = np.array([s.get(a) == v for s, (a, v) in zip(said, truth)], bool)
-    exact = np.array([s == {a: v} for s, (a, v) in zip(said, truth)], bool)
-    true_names, order = [name_of({a: v}) for a, v in truth], rng.permutation(n)
+    right = np.array([says(f.name, label) for f, label in zip(found, features.labels)], bool)
+    true_names = [name_of(dict([label.split("=")])) for label in features.labels]
+    exact = np.array([f.name == name for f, name in zip(found, true_names)], bool)
+    order = rng.permutation(n)
     dealt = dict(zip(order.tolist(), np.roll(order, 1).tolist()))  # nobody gets their own
 
     def scored(given: list[str]) -> dict:
