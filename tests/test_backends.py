@@ -196,3 +196,45 @@ def test_what_transformers_cannot_load_is_refused_in_one_sentence(tmp_path):
     with pytest.raises(ValueError, match="^model is .*answers about images") as refused:
         Local.load(str(tmp_path), "cpu")
     assert "\n" not in str(refused.value)
+
+
+@pytest.fixture(scope="module")
+def tiny_vlm(tmp_path_factory):
+    """A folder with a tiny LLaVA of random weights, from the real classes of transformers."""
+    import torch
+    import transformers as t
+    from encoders import SMALL, SQUARE, VISION
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = ["<unk>", "<pad>", "<s>", "</s>", "<image>", "What", "is", "it", "?", "score"]
+    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, "<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = {"unk_token": "<unk>", "pad_token": "<pad>", "eos_token": "</s>"}
+    tokenizer = t.PreTrainedTokenizerFast(
+        tokenizer_object=words, additional_special_tokens=["<image>"], **special
+    )
+    pixels = t.CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=SQUARE)
+    template = (
+        "{% for m in messages %}{% for c in m['content'] %}"
+        "{% if c['type'] == 'image' %}<image>{% else %}{{ c['text'] }}{% endif %}"
+        "{% endfor %}{% endfor %}"
+    )
+    options = {"patch_size": 8, "vision_feature_select_strategy": "default"}
+    processor = t.LlavaProcessor(
+        pixels, tokenizer, chat_template=template, num_additional_image_tokens=1, **options
+    )
+    torch.manual_seed(0)
+    text = t.LlamaConfig(vocab_size=10, pad_token_id=1, eos_token_id=3, **SMALL)
+    parts = {"vision_config": t.CLIPVisionConfig(**VISION), "text_config": text}
+    config = t.LlavaConfig(**parts, image_token_index=4, vision_feature_layer=-1)
+    folder = tmp_path_factory.mktemp("vlm")
+    t.LlavaForConditionalGeneration(config).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_real_model_of_random_weights_answers_the_same_each_time(tiny_vlm):
+    local = Local.load(tiny_vlm, "cpu", max_new_tokens=6)
+    said = [local.ask("What is it?", IMAGES, SCHEMA, attempt) for attempt in (0, 0, 1, 1)]
+    assert said[0] == said[1] and said[2] == said[3]
+    assert "What is it" not in said[0].text and said[0].tokens[0] == 4

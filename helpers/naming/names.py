@@ -66,7 +66,8 @@ def name_features(
         return describe_and_score(*callables(feature), images, *of)
 
     with ThreadPoolExecutor(in_range("workers", workers, 1)) as pool:
-        done = tqdm(pool.map(one, features), "features named", len(features), disable=None)
+        each = (pool.map if workers > 1 else map)(one, features)
+        done = tqdm(each, "features named", total=len(features), disable=None)
         return dict(zip(features, done))
 
 
