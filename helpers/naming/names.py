@@ -82,5 +82,5 @@ def summary(named: Iterable) -> dict[str, Estimate]:
         for what in ("auc", "balanced"):
             values = np.array([getattr(s, what).value for s in of_kind], float)
             label = f"{kind} {'AUC' if what == 'auc' else 'balanced accuracy'}"
-            found[label] = metrics.mean(values[~np.isnan(values)])
+            found[label] = metrics.share(values)
     return found

@@ -119,7 +119,9 @@ def localisation(locate, name: str, images, maps, seed: int = 0) -> Score:
     """How well a judge tells by the name a feature's maps from moved ones, on the same images.
 
     `locate(panel, name)` is in [0, 1] or NaN, of `panels`; images (image, height, width, 3 or 1),
-    maps (image, rows, columns). Images whose map cannot be moved take no part.
+    maps (image, rows, columns). Images whose map cannot be moved take no part. Things are few and
+    most of an image is background, so that a wrong name of a thing does better than 0.5, too: hold
+    a feature's score against what names of other features get on the same maps.
     """
     elsewhere, can = moved(maps, seed)
     images, maps, elsewhere = np.asarray(images)[can], np.asarray(maps)[can], elsewhere[can]
