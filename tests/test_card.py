@@ -100,7 +100,7 @@ def test_a_card_says_what_where_and_how_well(run):
         *("0.600 [0.500, 0.700]", "0.810 [0.750, 0.880]", "100 test images", "mid\\|block"),
         *("0 (t = 961), 12 (t = 481), 24 (t = 1)", "num_inference_steps = 25", "8 × 4"),
         *('from_pretrained("me/mine")', "2605.27813", "2412.06410", "MIT", "3 denoising steps"),
-        "predictors leave over",
+        "in residual coordinates: what predictors leave over of each step",
     ):
         assert figure in said, figure
     assert "[card](features/7.html)" in said and "features/5.html" not in said
@@ -112,7 +112,7 @@ def test_a_card_says_what_where_and_how_well(run):
 def test_a_card_of_nothing_measured_says_so():
     raw = dictionary.untrained(coordinates.raw(some_predictors(S, D)), 10, 2)
     said = card.text(raw, {"steps": [0, 1, 2], "channels": D}, {}, "me/mine")
-    assert said.count("Not measured") == 2 and "raw coordinates" in said
+    assert said.count("Not measured") == 2 and "at once, in raw coordinates. Each" in said
 
 
 def test_pages_are_found_by_their_latents(tmp_path):

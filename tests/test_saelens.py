@@ -294,92 +294,101 @@ def test_an_sae_of_another_width_is_refused(tmp_path):
 
 # --- the library itself -------------------------------------------------------------------------
 
-READ_BY_THEM = """
+BY_THEM = """
 import sys, torch
 from pathlib import Path
 from safetensors.torch import load_file, save_file
-from sae_lens import SAE
-for folder in map(Path, sys.argv[1:]):
-    sae = SAE.load_from_disk(folder)
-    h = load_file(folder / "h.safetensors")["h"]
+import sae_lens as s
+
+def report(sae, h, folder):
     with torch.no_grad():
         z = sae.encode(h)
-        save_file({"z": z, "h_hat": sae.decode(z)}, folder / "out.safetensors")
-"""
-WRITTEN_BY_THEM = """
-import sys, torch
-from pathlib import Path
-from safetensors.torch import save_file
-import sae_lens as s
+        out = {"h": h, "z": z.contiguous(), "h_hat": sae.decode(z).contiguous()}
+    save_file(out, folder / "out.safetensors")
+
+root = Path(sys.argv[1])
+for folder in (root / "ours").iterdir():
+    h = load_file(folder / "h.safetensors")["h"]
+    report(s.SAE.load_from_disk(folder), h, folder)
+
 torch.manual_seed(0)
+h = 2 * torch.randn(60, 4) + 1
 kinds = {
     "topk": (s.TopKSAE, s.TopKSAEConfig, {"k": 3}),
     "jumprelu": (s.JumpReLUSAE, s.JumpReLUSAEConfig, {"apply_b_dec_to_input": False}),
     "standard": (s.StandardSAE, s.StandardSAEConfig, {}),
     "batchtopk": (s.BatchTopKTrainingSAE, s.BatchTopKTrainingSAEConfig, {"k": 3}),
 }
-h = 2 * torch.randn(60, 4) + 1
 for name, (kind, config, settings) in kinds.items():
-    folder = Path(sys.argv[1]) / name
+    folder = root / "theirs" / name
     sae = kind(config(d_in=4, d_sae=10, **settings))
     for parameter in sae.parameters():
         parameter.data = torch.randn(parameter.shape)
     if name == "batchtopk":
         sae.topk_threshold.fill_(0.7)
-        sae.save_inference_model(folder)
         sae.save_model(folder / "training")
+        sae.save_inference_model(folder)
         sae = s.SAE.load_from_disk(folder)
     else:
         sae.save_model(folder)
-    with torch.no_grad():
-        z = sae.encode(h)
-        out = {"h": h, "z": z.contiguous(), "h_hat": sae.decode(z).contiguous()}
-    save_file(out, folder / "out.safetensors")
+    report(sae, h, folder)
 """
+CASES = {
+    "residual": lambda: made(),
+    "between": lambda: made("between"),
+    "topk": lambda: made("residual", "TopK"),
+    "per step": lambda: made("residual", "per step"),
+}
 
 
-def in_their_environment(script, *arguments):
+@pytest.fixture(scope="module")
+def exchanged(tmp_path_factory):
+    """A folder in which SAELens itself has read what `save` wrote, and written SAEs of its own."""
     if not PEER.exists():
         pytest.skip("SAELens is not there: `make bench` creates .venv-peers")
-    quiet = os.environ | {"HF_HUB_OFFLINE": "1", "TORCHDYNAMO_DISABLE": "1"}
-    command = [str(PEER), "-c", script, *map(str, arguments)]
-    done = subprocess.run(command, env=quiet, capture_output=True, text=True)
-    if "No module named" in done.stderr:
-        pytest.skip(f"SAELens is not in .venv-peers: {done.stderr.splitlines()[-1]}")
-    assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.slow
-@pytest.mark.process
-def test_saelens_itself_computes_the_same_codes(tmp_path):
-    cases = [made(), made("between"), made("residual", "TopK"), made("residual", "per step")]
-    h, folders = recorded(500), {}
-    for i, found in enumerate(cases):
-        x = found.coordinates.standardise(h)
-        for folded in (True, False):
-            folder = saelens.save(found, tmp_path / f"{i} {folded}", MANIFEST, folded=folded)
-            given = h.flatten(1) if folded else found.coordinates.residualize(x)
+    root = tmp_path_factory.mktemp("saelens")
+    for name, case in CASES.items():
+        found, h = case(), recorded(500)
+        y = found.coordinates.residualize(found.coordinates.standardise(h))
+        for folded, given in ((True, h.flatten(1)), (False, y)):
+            folder = root / "ours" / f"{name} {'folded' if folded else 'plain'}"
+            saelens.save(found, folder, MANIFEST, folded=folded)
             save_file({"h": given.contiguous()}, folder / "h.safetensors")
-            folders[folder] = found, folded
-    in_their_environment(READ_BY_THEM, *folders)
-    for folder, (found, folded) in folders.items():
-        out, c = load_file(folder / "out.safetensors"), found.coordinates
-        codes = found.codes(c.standardise(h))
-        assert (codes > 0).any()
-        torch.testing.assert_close(out["z"], codes, rtol=1e-4, atol=1e-4)
-        assert ((out["z"] > 0) == (codes > 0)).double().mean() > 0.9999
-        expected = c.unstandardise(found(c.standardise(h))).flatten(1)
-        rebuilt = out["h_hat"] if folded else c.unstandardise(c.restore(out["h_hat"])).flatten(1)
-        torch.testing.assert_close(rebuilt, expected, rtol=1e-3, atol=1e-3)
+    command = [str(PEER), "-c", BY_THEM, str(root)]
+    offline = os.environ | {"HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, env=offline, capture_output=True, text=True)
+    if "No module named 'sae_lens'" in done.stderr:
+        pytest.skip("SAELens is not in .venv-peers: `make bench` creates it anew")
+    assert done.returncode == 0, done.stderr
+    return root
 
 
 @pytest.mark.slow
 @pytest.mark.process
-def test_what_saelens_itself_wrote_is_read(tmp_path):
-    in_their_environment(WRITTEN_BY_THEM, tmp_path)
-    for name in ("topk", "jumprelu", "standard", "batchtopk", "batchtopk/training"):
-        found = saelens.load(tmp_path / name)
-        out = load_file((tmp_path / name.split("/")[0]) / "out.safetensors")
-        z = found.codes(out["h"][:, None])
-        torch.testing.assert_close(z, out["z"], rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(found.rebuild(z)[:, 0], out["h_hat"], rtol=1e-4, atol=1e-4)
+@pytest.mark.parametrize("folded", [True, False])
+@pytest.mark.parametrize("name", CASES)
+def test_saelens_itself_computes_the_same_codes(exchanged, name, folded):
+    found, h = CASES[name](), recorded(500)
+    folder = exchanged / "ours" / f"{name} {'folded' if folded else 'plain'}"
+    out, c = load_file(folder / "out.safetensors"), found.coordinates
+    codes = found.codes(c.standardise(h))
+    assert (codes > 0).any() and (codes == 0).any()
+    torch.testing.assert_close(out["z"], codes, rtol=1e-4, atol=1e-4)
+    assert torch.equal(out["z"] > 0, codes > 0)
+    expected = c.unstandardise(found(c.standardise(h))).flatten(1)
+    rebuilt = out["h_hat"] if folded else c.unstandardise(c.restore(out["h_hat"])).flatten(1)
+    torch.testing.assert_close(rebuilt, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.process
+@pytest.mark.parametrize(
+    "name", ["topk", "jumprelu", "standard", "batchtopk", "batchtopk/training"]
+)
+def test_what_saelens_itself_wrote_is_read(exchanged, name):
+    found = saelens.load(exchanged / "theirs" / name)
+    out = load_file(exchanged / "theirs" / name.split("/")[0] / "out.safetensors")
+    z = found.codes(out["h"][:, None])
+    assert (z > 0).any() and (z == 0).any()
+    torch.testing.assert_close(z, out["z"], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.rebuild(z)[:, 0], out["h_hat"], rtol=1e-4, atol=1e-4)

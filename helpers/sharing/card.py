@@ -18,6 +18,7 @@ from helpers.measure.metrics import Estimate
 
 N_BEST = 12  # features that a card shows
 RIVALS = ("raw concat", "untrained residual", "untrained raw", "predictors")  # shown beside it
+SHOWN = ("trained", "trained, on training images", "untrained")
 LISTENS = ("model", "hookpoint", "revision", "signal", "branch", "scheduler", "sampling", "grid")
 
 
@@ -30,7 +31,7 @@ def summary(folder: str | Path) -> dict:
     folder, found = Path(folder), {}
     trained = _metrics(folder, "03_train_residual_sae")
     if trained:
-        found["reconstruction"] = trained["results"]
+        found["reconstruction"] = {n: of for n, of in trained["results"].items() if n in SHOWN}
     latents = folder / "latents.json"
     fresh = latents.exists() and load_json(latents).get("sae")
     if not fresh or not digest(folder / "sae.safetensors").startswith(fresh):
@@ -106,7 +107,8 @@ def text(dictionary: Dictionary, manifest: dict, report: dict, repo: str, with_p
         model=manifest.get("model") or "a diffusion model",
         n_steps=c.n_steps,
         n_latents=f"{dictionary.n_latents:,}",
-        space="coordinates of what predictors leave over" if c.lags() else "raw coordinates",
+        space=f"{'residual' if c.lags() else 'raw'} coordinates",
+        meaning=": what predictors leave over of each step" if c.lags() else "",
         listens=_listens(dictionary, manifest),
         reconstruction=_reconstruction(report),
         detection=_detection(report),
