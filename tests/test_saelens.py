@@ -348,7 +348,7 @@ def exchanged(tmp_path_factory):
         pytest.skip("SAELens is not there: `make bench` creates .venv-peers")
     root = tmp_path_factory.mktemp("saelens")
     for name, case in CASES.items():
-        found, h = case(), recorded(500)
+        found, h = case(), recorded(100)
         y = found.coordinates.residualize(found.coordinates.standardise(h))
         for folded, given in ((True, h.flatten(1)), (False, y)):
             folder = root / "ours" / f"{name} {'folded' if folded else 'plain'}"
@@ -368,7 +368,7 @@ def exchanged(tmp_path_factory):
 @pytest.mark.parametrize("folded", [True, False])
 @pytest.mark.parametrize("name", CASES)
 def test_saelens_itself_computes_the_same_codes(exchanged, name, folded):
-    found, h = CASES[name](), recorded(500)
+    found, h = CASES[name](), recorded(100)
     folder = exchanged / "ours" / f"{name} {'folded' if folded else 'plain'}"
     out, c = load_file(folder / "out.safetensors"), found.coordinates
     codes = found.codes(c.standardise(h))
