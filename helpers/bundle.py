@@ -7,14 +7,17 @@ bundle = Bundle.from_pretrained("me/sd15-residual-sae")
 from __future__ import annotations
 
 import os
+import re
+import shutil
 from pathlib import Path
 
-from huggingface_hub import ModelHubMixin, hf_hub_download
+from huggingface_hub import ModelCard, ModelCardData, ModelHubMixin, hf_hub_download
 from huggingface_hub.constants import CONFIG_NAME, SAFETENSORS_SINGLE_FILE
 
 from helpers.checks import refuse
 from helpers.dictionary import Dictionary
 from helpers.files import digest, load_json, load_tensors, save_json
+from helpers.sharing import card
 
 # of a collection's manifest, what is needed to listen and to steer where it was recorded
 MANIFEST_FIELDS = (
@@ -32,10 +35,12 @@ class Bundle(
 ):
     """A dictionary and, of the manifest of what it was trained on, what steering needs.
 
-    `save_pretrained` and `push_to_hub` are huggingface_hub's. Prompts, seeds and paths stay behind.
+    `report` is what its run measured, of `card.summary`, and `cards`, latent -> HTML file, are the
+    pages of its best features. `save_pretrained` is huggingface_hub's, with a model card of them.
+    Prompts, seeds and paths stay behind, but for what the pages show.
     """
 
-    def __init__(self, dictionary: Dictionary, manifest: dict):
+    def __init__(self, dictionary: Dictionary, manifest: dict, report=None, cards=None):
         sizes = dictionary.coordinates.n_steps, dictionary.coordinates.channels
         given = len(manifest["steps"]), manifest["channels"]
         if given != sizes:
@@ -44,12 +49,15 @@ class Bundle(
         self.manifest = {name: value for name, value in manifest.items() if name in MANIFEST_FIELDS}
         if Path(self.manifest.get("model", "")).is_absolute():
             self.manifest["model"] = Path(self.manifest["model"]).name
+        self.report, self.cards = report or {}, cards or {}
 
     @staticmethod
-    def from_folder(folder: str | Path) -> Bundle:
-        """The bundle of a run's folder, after notebook 03.
+    def from_folder(folder: str | Path, cards: str | Path | None = None) -> Bundle:
+        """The bundle of a run's folder, after notebook 03; its card says what later ones found.
 
-        FileNotFoundError or ValueError names a file that is missing, or newer than what it made.
+        `cards` is a folder of feature cards, of which those of the best features go along: they
+        show images and prompts. FileNotFoundError or ValueError names a file that is missing, or
+        newer than what it made.
         """
         manifest = Path(folder) / "trajectories" / "manifest.json"
         predictors = Path(folder) / "predictors.safetensors"
@@ -59,7 +67,8 @@ class Bundle(
         for path, fingerprint in seen.items():
             if not fingerprint or not digest(path).startswith(fingerprint):
                 raise ValueError(f"{path} has changed since it was used; run the later notebooks")
-        return Bundle(dictionary, about)
+        report = card.summary(folder)
+        return Bundle(dictionary, about, report, cards and card.pages(cards, report))
 
     @classmethod
     def from_pretrained(cls, name: str | Path, **download) -> Bundle:
@@ -78,10 +87,29 @@ class Bundle(
         about = load_json(config)
         dictionary, _ = Dictionary.load(weights)
         try:
-            return cls(dictionary, about["manifest"])
+            return cls(dictionary, about["manifest"], about.get("report"))
         except (KeyError, TypeError, ValueError):
             refuse(str(config), about, "the file that was saved beside the dictionary")
 
+    def push_to_hub(self, repo_id: str, **options) -> str:
+        """As huggingface_hub's, with a model card that names the repository."""
+        named = {"repo": repo_id} | (options.pop("model_card_kwargs", None) or {})
+        return super().push_to_hub(repo_id, model_card_kwargs=named, **options)
+
+    def generate_model_card(self, repo: str = "owner/name") -> ModelCard:
+        """README.md: metadata, and what `card.text` says of the dictionary."""
+        data = ModelCardData(**self._hub_mixin_info.model_card_data.to_dict())
+        model = self.manifest.get("model", "")
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not Path(model).exists():
+            data.base_model = model
+        text = card.text(self.dictionary, self.manifest, self.report, repo, self.cards)
+        return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
+
     def _save_pretrained(self, save_directory: Path) -> None:
         self.dictionary.save(save_directory / SAFETENSORS_SINGLE_FILE)
-        save_json(save_directory / CONFIG_NAME, {"manifest": self.manifest})
+        for latent, page in self.cards.items():
+            to = save_directory / "features" / f"{latent}.html"
+            to.parent.mkdir(exist_ok=True)
+            shutil.copyfile(page, to)
+        about = {"manifest": self.manifest} | ({"report": self.report} if self.report else {})
+        save_json(save_directory / CONFIG_NAME, about)

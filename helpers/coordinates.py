@@ -138,6 +138,12 @@ def raw(predictors: Predictors) -> Coordinates:
     return Coordinates(p.mu, p.scale, torch.zeros_like(p.A), torch.zeros_like(p.b), ones)
 
 
+def recorded(predictors: Predictors) -> Coordinates:
+    """Activations as they are recorded, in their own units: y = h, for coders trained elsewhere."""
+    p = predictors
+    return Coordinates(p.mu, p.scale, torch.zeros_like(p.A), -p.mu / p.scale[:, None], 1 / p.scale)
+
+
 def residual(predictors: Predictors, block_exponent: float = 1.0) -> Coordinates:
     """What predictors leave over, y[s] = r[s] / rho[s]^a with a = `block_exponent`.
 

@@ -18,13 +18,16 @@ from helpers.checks import refuse
 from helpers.coders.conditioned import Conditioned
 from helpers.coders.itda import Pursuit
 from helpers.coders.per_step import PerStep
+from helpers.coders.topk import TopK
 from helpers.coordinates import Coordinates
 from helpers.files import load_tensors, save_tensors
 from helpers.nonlinear import Nonlinear
 from helpers.predictors import Predictors
 from helpers.sae import SAE
 
-KINDS = {kind.__name__: kind for kind in (PerStep, Conditioned, Pursuit)}  # as files name them
+KINDS = {
+    kind.__name__: kind for kind in (PerStep, Conditioned, Pursuit, TopK)
+}  # as files name them
 
 
 class Projection(torch.nn.Module):

@@ -70,6 +70,19 @@ def test_a_bundle_knows_where_it_listens_and_nothing_of_the_images(bundle):
     assert bundle.manifest == {name: MANIFEST[name] for name in MANIFEST_FIELDS} | {"model": "tiny"}
 
 
+def test_what_the_run_measured_goes_along(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    results = {"trained": {"ev": [0.1234, 0, 1], "l0": [4, 3, 5], "alive": 1, "trajectories": 60}}
+    path = tmp_path / "run" / "metrics" / "03_train_residual_sae.json"
+    save_json(path, {"metrics": {"results": results}})
+    found = Bundle.from_folder(tmp_path / "run")
+    found.save_pretrained(tmp_path / "saved")
+    assert "0.123 [0.000, 1.000]" in (tmp_path / "saved" / "README.md").read_text()
+    assert Bundle.from_pretrained(tmp_path / "saved").report == {"reconstruction": results}
+    with pytest.raises(FileNotFoundError, match="absent"):
+        Bundle.from_folder(tmp_path / "run", cards=tmp_path / "absent")
+
+
 def test_its_dictionary_is_the_runs(run, bundle):
     found, _ = dictionary.Dictionary.load(run / "sae.safetensors")
     x = trajectories()
@@ -103,7 +116,10 @@ def test_a_bundle_is_uploaded_as_it_is_saved(bundle, saved, monkeypatch):
     monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", upload_folder)
     bundle.push_to_hub("me/mine", private=True)
     assert calls["created"] == ("me/mine", True) and calls["uploaded"][0] == "me/mine"
-    assert calls["uploaded"][1] == {p.name: p.read_bytes() for p in saved.iterdir()}
+    uploaded, written = calls["uploaded"][1], {p.name: p.read_bytes() for p in saved.iterdir()}
+    said, named = (files.pop("README.md").decode() for files in (uploaded, written))
+    assert uploaded == written
+    assert said == named.replace("owner/name", "me/mine") != named
 
 
 def test_a_bundle_is_downloaded_by_the_hubs_own_function(bundle, saved, monkeypatch):

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from helpers import predictors
 from helpers.coordinates import Coordinates, between, raw, residual, whitened
+from helpers.coordinates import recorded as as_recorded
 from helpers.moments import accumulate
 
 seeds = st.integers(0, 10_000)
@@ -33,6 +34,7 @@ def member(name, seed=0):
     h = torch.randn(40, 4, 6, 3, generator=torch.Generator().manual_seed(seed))
     return {
         "raw": lambda: raw(p),
+        "recorded": lambda: as_recorded(p),
         "residual": lambda: residual(p),
         "half": lambda: residual(p, 0.5),
         "unweighted": lambda: residual(p, 0.0),
@@ -49,8 +51,15 @@ def member(name, seed=0):
 
 
 MEMBERS = (
-    *("raw", "residual", "half", "unweighted", "differences", "mean only", "whitened", "between"),
-    *("two lags", "two lags, whitened", "two lags, between", "two back", "two back, matrices"),
+    *("raw", "recorded", "residual", "half", "unweighted", "differences", "mean only", "whitened"),
+    *(
+        "between",
+        "two lags",
+        "two lags, whitened",
+        "two lags, between",
+        "two back",
+        "two back, matrices",
+    ),
 )
 
 
@@ -121,6 +130,15 @@ def test_raw_coordinates_are_the_activations():
     assert torch.equal(c.residualize(x), x.flatten(1))
     assert torch.equal(c.restore(x.flatten(1)), x)
     assert torch.equal(c.feature_trajectories(x.flatten(1)), x)
+
+
+def test_recorded_coordinates_are_the_activations_in_their_own_units():
+    p, h = some_predictors(4, 3), trajectories()
+    c = as_recorded(p)
+    torch.testing.assert_close(c.residualize(p.standardise(h)), h.flatten(-2))
+    directions = trajectories(seed=1)
+    u = c.feature_trajectories(directions.flatten(-2))
+    torch.testing.assert_close(p.scale[:, None] * u, directions)
 
 
 def test_differences_of_neighbours():

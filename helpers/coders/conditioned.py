@@ -55,3 +55,4 @@ class Conditioned(torch.nn.Module):
 
     W_dec = property(lambda self: torch.block_diag(*[self.sae.W_dec] * len(self.scale)))
     b_dec = property(lambda self: self.sae.b_dec.repeat(len(self.scale)))
+    threshold = property(lambda self: self.sae.threshold.repeat(len(self.scale)))

@@ -31,6 +31,7 @@ class PerStep(torch.nn.Module):
     W_dec = property(lambda self: torch.block_diag(*(sae.W_dec for sae in self.saes)))
     b_enc = property(lambda self: torch.cat([sae.b_enc for sae in self.saes]))
     b_dec = property(lambda self: torch.cat([sae.b_dec for sae in self.saes]))
+    threshold = property(lambda self: torch.cat([sae.threshold for sae in self.saes]))
 
     def _each(self, what: str, rows: torch.Tensor) -> list:
         parts = rows.chunk(len(self.saes), dim=1)
