@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from tqdm.auto import tqdm
 
-from helpers.explorer import pictures, records, search
+from helpers.explorer import pictures, records, search, strips
 from helpers.explorer.card import LIMIT, card, clipped, file_of, head, picture
 from helpers.explorer.page import in_words
 from helpers.files import check_writable, in_units, save_text
@@ -109,13 +109,25 @@ def main(arguments: list[str] | None = None) -> None:
     which.add_argument("--latents", type=int, nargs="+", metavar="LATENT")
     which.add_argument("--find", help="what to search for, such as 'red' or 'like 12'")
     which.add_argument("--all", action="store_true", help="every latent that fires")
+    parser.add_argument("--steer", action="store_true", help="with images steered along each")
     given = parser.parse_args(arguments)
     try:
         found = records.build(run_of(given.run), given.dictionary)
-        paths = write(found, _chosen(found, given), given.folder or found.run.folder / "cards")
+        latents = _chosen(found, given)
+        if given.steer:
+            _steer(found, latents)
+        paths = write(found, latents, given.folder or found.run.folder / "cards")
     except (RuntimeError, ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     print(f"open {paths[-1]}")
+
+
+def _steer(found: records.Records, latents: list[int]) -> None:
+    """Make the strips of steered images that are not there."""
+    print(f"{len(latents) * len(strips.STRENGTHS)} images are steered, where they are not there")
+    dictionary, pipe = records.dictionary_of(found.run, found.dictionary), found.run.pipeline()
+    for latent in tqdm(latents, "steering", unit="latent", disable=None):
+        strips.make(found, dictionary, pipe, latent)
 
 
 def _chosen(found: records.Records, given) -> list[int]:

@@ -6,7 +6,7 @@ numbers of all latents, and `maps-*.safetensors`, each with those of some. Names
 steered images, made elsewhere, lie beside them where there are any:
 
     names.json              {"12": {"name": "red, anywhere", "score": [0.8, 0.7, 0.9]}, …}
-    strips/12.safetensors   written by `record.save_strip`
+    strips/12.safetensors   written by `strips.make`
 """
 
 from __future__ import annotations
