@@ -39,6 +39,7 @@ def test_statistics_are_those_of_all_codes_at_once(run, built):
     np.testing.assert_allclose(table["images"], (z > 0).any(1).mean(0))
     np.testing.assert_allclose(table["largest code"], z.max((0, 1)), rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(built.array("mean_map"), z.mean(0).T, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(built.strength.toarray(), z.max(1), rtol=1e-4, atol=1e-6)
     lifetimes = timing.measure(run.dictionary, [x]).lifetimes(run.store.steps)
     for name in ("onset", "peak", "duration"):
         np.testing.assert_allclose(table[name], lifetimes[name], rtol=1e-3, atol=1e-3)
@@ -194,4 +195,5 @@ def test_codes_for_measuring_are_those_of_the_first_images(run):
     seen = stream.watch(run.dictionary, [x], N, COUNTS, n_codes=limit)
     assert seen.codes.n_images == 4
     np.testing.assert_allclose(seen.codes.of(2), z[:4, :, 2], rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(seen.strength.toarray(), z[:4].max(1), rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(seen.fired, (z > 0).any(1).mean(0))

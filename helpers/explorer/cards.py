@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from tqdm.auto import tqdm
 
+from helpers.checks import in_range
 from helpers.explorer import pictures, records, search, strips
 from helpers.explorer.card import LIMIT, card, clipped, file_of, head, picture
 from helpers.explorer.page import in_words
@@ -32,7 +33,7 @@ def write(found: records.Records, latents, folder: str | Path) -> list[Path]:
     """
     folder, latents = Path(folder), [*dict.fromkeys(int(i) for i in latents)]
     for latent in latents:
-        search.find(found, str(latent))
+        in_range("latent", latent, 0, found.n_latents - 1)
     check_writable(folder, "index.html", name="folder")
     most = in_units(LIMIT * len(latents))
     print(f"{len(latents)} cards, at most {most}, in {folder}")

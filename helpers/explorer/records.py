@@ -15,9 +15,10 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import scipy.sparse
 import torch
 
-from helpers.checks import in_range
+from helpers.checks import in_range, refuse
 from helpers.explorer import labelled, nearest, stream
 from helpers.explorer.examples import USUAL, Counts, chosen
 from helpers.explorer.record import STATISTICS, Examples, Name, Near, Record, load_strip
@@ -28,6 +29,7 @@ from helpers.measure.reconstruction import standardised
 
 BLOCK = 2**28  # bytes of maps and evidence that are held at once and lie in one file
 N_NEAR = 8
+SPARSE = ("data", "indices", "indptr")  # of a matrix
 
 
 def folder_of(run, dictionary: str = "residual") -> Path:
@@ -46,6 +48,8 @@ def build(run, dictionary="residual", *, split="test", counts=USUAL, seed=0) -> 
     scores for labels. What was made from the same files with the same settings is kept, so that a
     build that was stopped goes on with its next file of maps.
     """
+    if not run.store.n_images(split):
+        refuse("split", split, "one that images were collected for")
     found, folder = dictionary_of(run, dictionary), folder_of(run, dictionary)
     settings = _made_from(run, dictionary) | {"split": split, "counts": counts._asdict()}
     settings |= {"seed": seed, "dictionary name": found.name, "n_latents": found.n_latents}
@@ -92,6 +96,7 @@ def _write_index(run, found, dictionary, path: Path, settings: dict, counts: Cou
         **{name: getattr(seen, name) for name in ("active", "fired", "mean_map", "profile")},
         **{"largest": seen.top.codes.max(0), "effect": effect, "onset": onset},
         **{"images": images, "codes": codes},
+        **{f"strength, {part}": getattr(seen.strength, part) for part in SPARSE},
     }
     near = {
         "by trajectory": nearest.by_trajectory(found, N_NEAR),
@@ -176,6 +181,15 @@ class Records:
         found = load_json(path) if path.exists() else {}
         score = {i: of["score"] and Estimate(*map(_number, of["score"])) for i, of in found.items()}
         return {int(i): Name(of["name"], score[i]) for i, of in found.items()}
+
+    @cached_property
+    def strength(self) -> scipy.sparse.csc_matrix:
+        """Largest code of each latent in each image, (image, latent), of the first images.
+
+        Those with which labels were compared: all of the split, unless it has too many codes.
+        """
+        parts = tuple(self.array(f"strength, {part}") for part in SPARSE)
+        return scipy.sparse.csc_matrix(parts, (self.about["n_measured"], self.n_latents))
 
     @cached_property
     def table(self) -> dict[str, np.ndarray]:

@@ -29,6 +29,7 @@ class Seen:
     top: Kept
     sample: Kept
     codes: Codes  # their sizes, of the first images, as many as `CODES` allows
+    strength: scipy.sparse.csc_matrix  # the largest code in each of those, (image, latent)
 
 
 def has_evidence(dictionary) -> bool:
@@ -44,9 +45,9 @@ def watch(dictionary, shards, n_images: int, counts: Counts, seed=0, n_codes=COD
     """
     n = dictionary.n_latents
     top, sample = Kept(counts.top, n), Kept(counts.sample, n)
-    active, fired, total = np.zeros(n), np.zeros(n), 0.0
+    active, fired, total = np.zeros(n), np.zeros(n), np.zeros((n, 1), np.float32)
     profile = np.zeros((n, dictionary.coordinates.n_steps))
-    kept, room = [], n_codes
+    kept, strengths, room = [], [], n_codes
     bar = tqdm(chain.from_iterable(shards), "watching", n_images, unit="image", disable=None)
     for image, x in enumerate(bar):
         z = dictionary.codes(x).float()  # (token, latent)
@@ -54,16 +55,19 @@ def watch(dictionary, shards, n_images: int, counts: Counts, seed=0, n_codes=COD
             _add_evidence(profile, dictionary, x, z)
         z = z.abs().cpu().numpy()
         strength, firing = z.max(0), (z > 0).sum(0)
-        active, fired, total = active + firing / len(z), fired + (firing > 0), total + z.T
+        active, fired = active + firing / len(z), fired + (firing > 0)
+        total = np.add(total, z.T, out=total if image else None)
         keys = np.random.default_rng([seed, image]).random(n, np.float32)
         top.offer(image, np.where(firing > 0, strength, -np.inf), strength)
         sample.offer(image, np.where(firing > 0, keys, -np.inf), strength)
         if room > 0:
             kept.append(scipy.sparse.csr_matrix(z))
+            strengths.append(scipy.sparse.csr_matrix(strength[None]))
             room -= firing.sum()
     found = Codes(scipy.sparse.vstack(kept).tocsc(), len(kept))
-    mean_map = (total / n_images).astype(np.float32)
-    return Seen(active / n_images, fired / n_images, mean_map, profile, top, sample, found)
+    total /= n_images
+    strength = scipy.sparse.vstack(strengths).tocsc()
+    return Seen(active / n_images, fired / n_images, total, profile, top, sample, found, strength)
 
 
 def _add_evidence(profile: np.ndarray, dictionary, x: torch.Tensor, z: torch.Tensor) -> None:
