@@ -153,7 +153,7 @@ def test_nothing_is_written_of_latents_that_there_are_not(built, tmp_path):
 
 
 def test_the_command_writes_the_best_the_named_or_those_found(built, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(cards, "run_of", lambda name: built.run)
+    monkeypatch.setattr(cards, "open_run", lambda name: built.run)
     monkeypatch.setattr(records, "build", lambda run, dictionary: built)
     folder = tmp_path / "c"
 

@@ -88,5 +88,5 @@ def test_statistics_in_words(name, value, words):
 
 def test_a_score_that_nobody_knows_is_a_dash(record):
     said = page.statistics(replace(record, name=Name("x", NOTHING)))
-    assert said["score of the name"] == "–" and said["name"] == "x"
-    assert page.statistics(replace(record, name=Name("x")))["score of the name"] == "–"
+    assert said["name's score"] == "–" and said["name"] == "x"
+    assert page.statistics(replace(record, name=Name("x")))["name's score"] == "–"

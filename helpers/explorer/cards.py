@@ -19,7 +19,6 @@ from helpers.explorer import pictures, records, search, strips
 from helpers.explorer.card import LIMIT, card, clipped, file_of, head, picture
 from helpers.explorer.page import in_words
 from helpers.files import check_writable, in_units, save_text
-from helpers.run.methods import run_of
 
 PICTURED = 200  # features of an index that has pictures: each takes about 3 kB
 COLUMNS = ("firing rate", "L0 share", "onset", "peak", "label score")
@@ -113,7 +112,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--steer", action="store_true", help="with images steered along each")
     given = parser.parse_args(arguments)
     try:
-        found = records.build(run_of(given.run), given.dictionary)
+        found = records.build(open_run(given.run), given.dictionary)
         latents = _chosen(found, given)
         if given.steer:
             _steer(found, latents)
@@ -121,6 +120,13 @@ def main(arguments: list[str] | None = None) -> None:
     except (RuntimeError, ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     print(f"open {paths[-1]}")
+
+
+def open_run(name: str):
+    """A run by its name, to read from."""
+    from helpers.run.methods import run_of  # here, because it imports all that notebooks need
+
+    return run_of(name)
 
 
 def _steer(found: records.Records, latents: list[int]) -> None:

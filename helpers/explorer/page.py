@@ -35,7 +35,7 @@ def statistics(record: Record) -> dict[str, str]:
     del found["label score"]  # the best of those that follow
     found |= {f"AUROC, {label}": str(score) for label, score in record.labels.items()}
     if record.name:
-        found |= {"name": record.name.text, "score of the name": str(record.name.score or "–")}
+        found |= {"name": record.name.text, "name's score": str(record.name.score or "–")}
     return found
 
 
@@ -83,8 +83,9 @@ def _statistics(fig, record: Record) -> None:
     ax.set_axis_off()
     for i, (name, value) in enumerate(statistics(record).items()):
         row, column = divmod(i, 3)
-        ax.text(column / 3, -row, f"{name}  ", fontsize=7, va="center", color="#555555")
-        ax.text(column / 3 + 0.14, -row, value, fontsize=7, va="center")
+        left, right = column / 3, (column + 0.92) / 3
+        ax.text(left, -row, name[:26], fontsize=6.5, va="center", color="#555555")
+        ax.text(right, -row, value[:36], fontsize=6.5, va="center", ha="right")
     ax.set(xlim=(0, 1), ylim=(-row - 0.5, 0.5))
 
 
@@ -128,7 +129,7 @@ def _lines_and_neighbours(fig, record: Record) -> None:
     lines.invert_xaxis()
     lines.set(ylim=(0, None), xlabel="timestep")
     lines.set_title("effect ‖u[s]‖ and what is new of it, ‖w[s]‖", fontsize=7)
-    lines.legend(fontsize=6)
+    lines.legend(fontsize=6, loc="lower left")
     for ax, (kind, near) in zip(axes, record.nearest.items()):
         names = [f"{n.latent} {n.title}".strip()[:24] for n in near]
         ax.barh(range(len(near)), [n.similarity for n in near], color="#999999")
