@@ -7,7 +7,7 @@ import pytest
 from explored import tiny_run
 
 from helpers.explorer import cards, records
-from helpers.explorer.card import LIMIT, card, clipped
+from helpers.explorer.card import LIMIT, card, clipped, narrowed
 from helpers.explorer.examples import Counts
 from helpers.explorer.record import Examples, Name, Strip
 
@@ -136,14 +136,22 @@ def test_a_name_and_a_strip_are_on_the_card(built):
 
 def test_large_noisy_images_are_made_small_enough(built):
     rng = np.random.default_rng(0)
-    noise = rng.random((8, 300, 400, 3)).astype(np.float32)
+    noise = rng.random((8, 90, 120, 3)).astype(np.float32)
     maps, evidence = rng.random((8, 16, 16)), rng.normal(size=(2, 3, 16, 16))
     own = Examples(np.arange(8), np.ones(8), ["a long prompt " * 30] * 8, noise, maps, evidence)
     text = card(replace(built.record(2), examples={"random": own, "quantile": own, "top": own}), [])
-    assert 100_000 < len(text.encode()) <= LIMIT
+    assert 50_000 < len(text.encode()) <= LIMIT
     widths = [int(i["width"]) for i in Page(text).all("img")]
     assert min(widths) >= 32
     assert "a long prompt " * 30 not in text and clipped("a  b\n" * 99, 6) == "a b a…"
+
+
+def test_images_are_narrowed_in_proportion_and_never_widened():
+    images = np.full((2, 30, 60, 1), 0.25, np.float32)
+    found = narrowed(images, 20)
+    assert found.shape == (2, 10, 20, 3) and found.dtype == np.float32
+    np.testing.assert_allclose(found, 0.25, atol=1 / 255)
+    assert narrowed(images, 60) is images and narrowed(images[:0], 20).shape == (0, 30, 60, 1)
 
 
 def test_nothing_is_written_of_latents_that_there_are_not(built, tmp_path):

@@ -2,6 +2,8 @@
 
 import base64
 import io
+from dataclasses import replace
+from functools import partial
 from html import escape
 from pathlib import Path
 
@@ -38,10 +40,10 @@ def file_of(latent: int) -> str:
 def card(record: Record, written: list[int]) -> str:
     """The HTML of a record; `written` are the latents that have cards, to which it links.
 
-    Pictures are as large as fits into LIMIT bytes, and never larger than they were made.
+    Images are as large as fits into LIMIT bytes, and never larger than they were made.
     """
     for width, quality in SIZES:
-        page = _page(record, written, lambda *of: picture(*of, width, quality))  # noqa: B023
+        page = _page(reduced(record, width), written, partial(picture, quality=quality))
         if len(page.encode()) <= LIMIT:
             break
     return page
@@ -52,17 +54,36 @@ def head(title: str) -> str:
     return HEAD.format(title=escape(title), style=style)
 
 
-def picture(array: np.ndarray, alt: str, tile: int, width: int, quality: int) -> str:
+def reduced(record: Record, width: int) -> Record:
+    """A record whose images are at most so many pixels wide."""
+    examples = {
+        kind: replace(own, pictures=narrowed(own.pictures, width))
+        for kind, own in record.examples.items()
+    }
+    strip = record.strip
+    if strip is not None:
+        strip = strip._replace(images=narrowed(strip.images, width))
+    return replace(record, examples=examples, strip=strip)
+
+
+def narrowed(images: np.ndarray, width: int) -> np.ndarray:
+    """Images (n, height, width, 3 or 1) in [0, 1], scaled down to at most so many pixels."""
+    share = width / images.shape[2]
+    if share >= 1 or not len(images):
+        return images
+    size = width, max(2, round(images.shape[1] * share))
+    scale = Image.Resampling.LANCZOS
+    small = [Image.fromarray(pictures.rgb(image)).resize(size, scale) for image in images]
+    return np.stack(small).astype(np.float32) / 255
+
+
+def picture(array: np.ndarray, alt: str, tile: int, quality: int) -> str:
     """An <img> of a picture (height, width, 3), bytes, in which one image is `tile` pixels wide."""
-    image, share = Image.fromarray(array), min(1.0, width / tile)
-    size = [max(1, round(n * share)) for n in image.size]
-    if share < 1:
-        image = image.resize(size, Image.Resampling.LANCZOS)
     stream = io.BytesIO()
-    image.save(stream, "jpeg", quality=quality, subsampling=0, optimize=True)
+    Image.fromarray(array).save(stream, "jpeg", quality=quality, subsampling=0, optimize=True)
     data = base64.b64encode(stream.getvalue()).decode()
-    small = ' class="small"' if tile * share < 100 else ""
-    place = f'width="{size[0]}" height="{size[1]}"{small}'
+    height, width = array.shape[:2]
+    place = f'width="{width}" height="{height}"' + ' class="small"' * (tile < 100)
     return f'<img {place} alt="{escape(alt)}" src="data:image/jpeg;base64,{data}">'
 
 

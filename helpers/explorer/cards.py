@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from helpers.checks import in_range
 from helpers.explorer import pictures, records, search, strips
-from helpers.explorer.card import LIMIT, card, clipped, file_of, head, picture
+from helpers.explorer.card import LIMIT, card, clipped, file_of, head, narrowed, picture
 from helpers.explorer.page import in_words
 from helpers.files import check_writable, in_units, save_text
 
@@ -69,8 +69,8 @@ def _thumbnail(record) -> str:
     own = record.examples["random"]
     if not len(own.images):
         return ""
-    image = pictures.rgb(own.pictures[0])
-    return picture(image, "", image.shape[1], 64, 75)
+    (image,) = narrowed(own.pictures[:1], 64)
+    return picture(pictures.rgb(image), "", image.shape[1], 75)
 
 
 def _index(found: records.Records, rows: list[str]) -> str:
