@@ -174,7 +174,7 @@ def _over_time(record: Record, img) -> str:
             peak = np.maximum(own.evidence[i], 0).sum((1, 2)).argmax()
             alt = f"Image {own.images[i]} and its evidence at {len(times)} steps, "
             image = img(shown, alt + _most(record, peak), own.pictures.shape[2])
-            caption = f"{own.images[i]}, then t = {', '.join(f'{t:.0f}' for t in times)}"
+            caption = f"Image {own.images[i]}, then t = {', '.join(f'{t:.0f}' for t in times)}"
             items.append(f"<li><figure>{image}<figcaption>{caption}</figcaption></figure></li>")
     if not items:
         return ""
