@@ -98,7 +98,11 @@ def _page(record: Record, written: list[int], img) -> str:
         ("Nearest features", _nearest(record, written)),
         ("Steered along it", _steered(record, img)),
     ]
-    parts = [f"<section>\n<h2>{name}</h2>\n{body}\n</section>" for name, body in sections if body]
+    parts = [
+        f'<section id="{name.split()[0].lower()}">\n<h2>{name}</h2>\n{body}\n</section>'
+        for name, body in sections
+        if body
+    ]
     state = State(run, record.dictionary, record.latent)
     about = f"latent {record.latent} of {run}, {record.dictionary} dictionary"
     return "\n".join(
