@@ -182,7 +182,7 @@ def test_the_world_is_the_one_the_shipped_model_was_trained_on():
 
 
 def test_textures_are_told_apart_by_the_mean_over_phases_which_no_caption_names():
-    """Or else their words could hardly be learnt: half a period apart, two phases cancel."""
+    """Half a period apart, two phases would cancel, and leave the words little to tell."""
 
     def mean(texture):
         both = [

@@ -41,7 +41,7 @@ FINE = {
     "shade": {"light": 1.0, "dark": 0.68},  # factor of the colour
     "turn": {"upright": 0.0, "tilted": 22.5},  # degrees; a circle has none
     # of the texture, pixels; solid has none. A quarter of the period apart: at half of it the
-    # two cancel in the mean, and with them what tells stripes from bars
+    # two cancel in the mean
     "phase": {"even": 0.0, "odd": 1.5},
     "mark": {"plain": 0.0, "marked": 2.1},  # radius of the white mark, pixels
 }
