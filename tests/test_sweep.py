@@ -43,11 +43,12 @@ def test_studies_are_products_and_no_cell_is_done_twice(tmp_path):
     assert found.default == sweep.Cell(**CELL | {"steps": (0, 6), "seed": 0})
     assert [len(cells) for cells in found.studies.values()] == [5, 2]
     assert len(found.cells) == 6 and found.cells[:5] == found.studies["first"]
-    assert [c.coordinates for c in found.cells[:4]] == ["raw", "raw", "a=0", "a=0"]
+    first = [(c.seed, c.coordinates, c.hookpoint) for c in found.cells[:4]]  # by seed, then order
+    assert first == [(0, "raw", "a"), (0, "a=0", "a"), (0, "raw", "b"), (1, "raw", "a")]
     assert found.cells[-1] == replace(found.default, coordinates="a=0", steps=(0, 6, 12))
     run = str(tmp_path / "run-open")
     assert found.run_of(found.default) == run
-    assert found.run_of(found.cells[4]) == f"{run}-b"
+    assert found.run_of(found.cells[2]) == f"{run}-b"
     assert found.collections["empty"]["n_train"] == 20
 
 

@@ -112,6 +112,7 @@ def load(name: str) -> Sweep:
     sweep = Sweep(given["run"], collections, crossed(Cell, given["cell"], "steps")[0], {})
     for study, products in given["studies"].items():
         cells = [cell for p in products for cell in crossed(Cell, given["cell"] | p, "steps")]
+        cells.sort(key=lambda cell: cell.seed)  # what a budget cuts off is trainings
         sweep.studies[study] = [_checked(sweep, cell) for cell in cells]
     return sweep
 
