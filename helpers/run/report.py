@@ -155,7 +155,13 @@ ahead of {", ".join(against)}."""
 
 
 def residualizing(found: dict[str, list[float]]) -> str:
-    """Three sentences on what residual coordinates do, from notebook 07's differences from raw."""
+    """Three sentences on what residual coordinates do, from notebook 07's differences from raw.
+
+    One that says so where the study has not come to it.
+    """
+    names = ("auroc | a=1", "probe 20 | a=1", "ev | a=1", "ev, residual space | a=1")
+    if not set(names) <= set(found):
+        return "Not measured yet on this model: `make sweep RUN=comparison`, then `make notebooks`."
 
     def of(name: str) -> Estimate:
         return Estimate(*found.get(name, [float("nan")] * 3))
