@@ -17,12 +17,17 @@ def overlay(ax, image: np.ndarray, heat: np.ndarray, vmax: float, left: float = 
     height, width = image.shape[:2]
     place = {"extent": (left, left + width, height, 0), "interpolation": "nearest"}
     mappable = ax.imshow(heat, cmap="magma", vmin=0, vmax=vmax, **place)
-    edges = np.hypot(*np.gradient(image.mean(axis=2)))
-    lines = np.ones((height, width, 4))
-    lines[..., 3] = np.clip(edges / max(0.15, np.quantile(edges, 0.98)), 0, 1) * 0.6
-    ax.imshow(lines, **place)
+    draw_edges(ax, image, (1.0, 1.0, 1.0), 0.6, place)
     ax.set_axis_off()
     return mappable
+
+
+def draw_edges(ax, image: np.ndarray, ink, opacity: float, place: dict) -> None:
+    """An image's edges, in a colour (red, green, blue), over what stands at `place`."""
+    edges = np.hypot(*np.gradient(image.mean(axis=2)))
+    lines = np.ones((*edges.shape, 4)) * (*ink, 1)
+    lines[..., 3] = np.clip(edges / max(0.15, np.quantile(edges, 0.98)), 0, 1) * opacity
+    ax.imshow(lines, **place)
 
 
 def heat_strip(ax, image: np.ndarray, heat: np.ndarray, timesteps, vmax: float, titles=True):

@@ -4,7 +4,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
-from helpers.plots.images import overlay, show_image
+from helpers.plots.images import draw_edges, overlay, show_image
 from helpers.plots.style import WIDE, colour
 
 
@@ -20,18 +20,11 @@ def evidence_strip(ax, image, evidence, timesteps, limit: float, titles=True):
     for left, of_step, t in zip(lefts, evidence, timesteps):
         place = {"extent": (left, left + width, height, 0), "interpolation": "nearest"}
         shown = ax.imshow(of_step, cmap="RdBu_r", vmin=-limit, vmax=limit, **place)
-        _edges(ax, image, (0.0, 0.0, 0.0), 0.35, place)
+        draw_edges(ax, image, (0.0, 0.0, 0.0), 0.35, place)
         if titles:
             ax.text(left + width / 2, -0.06 * height, f"t = {t:.0f}", ha="center", fontsize=6)
     ax.set_xlim(0, lefts[-2] + width)
     return shown, lefts
-
-
-def _edges(ax, image, ink, opacity: float, place: dict) -> None:
-    edges = np.hypot(*np.gradient(image.mean(axis=2)))
-    lines = np.ones((*edges.shape, 4)) * (*ink, 1)
-    lines[..., 3] = np.clip(edges / max(0.15, np.quantile(edges, 0.98)), 0, 1) * opacity
-    ax.imshow(lines, **place)
 
 
 def latent_view(title: str, images, of_dictionary: dict, timesteps, marks=None) -> Figure:
@@ -64,7 +57,7 @@ def _maps(fig, images, found: dict, timesteps, marks) -> None:
         left = lefts[-1] + 0.12 * width
         place = {"extent": (left, left + width, height, 0), "interpolation": "nearest"}
         code = ax.imshow(found["codes"][i], cmap="magma", vmin=0, vmax=strongest, **place)
-        _edges(ax, image, (1.0, 1.0, 1.0), 0.6, place)
+        draw_edges(ax, image, (1.0, 1.0, 1.0), 0.6, place)
         ax.set_xlim(0, left + width)
         if i == 0:
             ax.text(left + width / 2, -0.06 * height, "code", ha="center", fontsize=6)
