@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData, ModelHubMixin, hf_hub_download
@@ -35,12 +34,12 @@ class Bundle(
 ):
     """A dictionary and, of the manifest of what it was trained on, what steering needs.
 
-    `report` is what its run measured, of `card.summary`, and `cards`, latent -> HTML file, are the
-    pages of its best features. `save_pretrained` is huggingface_hub's, with a model card of them.
-    Prompts, seeds and paths stay behind, but for what the pages show.
+    `report` is what its run measured, of `card.summary`; with `records`, of `explorer.records`, its
+    best features are shown. `save_pretrained` is huggingface_hub's, with a model card of both, made
+    anew each time. Prompts, seeds and paths stay behind, but for what features' pages show.
     """
 
-    def __init__(self, dictionary: Dictionary, manifest: dict, report=None, cards=None):
+    def __init__(self, dictionary: Dictionary, manifest: dict, report=None, records=None):
         sizes = dictionary.coordinates.n_steps, dictionary.coordinates.channels
         given = len(manifest["steps"]), manifest["channels"]
         if given != sizes:
@@ -49,15 +48,23 @@ class Bundle(
         self.manifest = {name: value for name, value in manifest.items() if name in MANIFEST_FIELDS}
         if Path(self.manifest.get("model", "")).is_absolute():
             self.manifest["model"] = Path(self.manifest["model"]).name
-        self.report, self.cards = report or {}, cards or {}
+        self.report, self.records = report or {}, records
+
+    @property
+    def shown(self) -> list[int]:
+        """Latents whose pages go along: the report's features that fire in the records' images."""
+        if self.records is None:
+            return []
+        fires = self.records.table["images"] > 0
+        return [f["latent"] for f in self.report.get("features", []) if fires[f["latent"]]]
 
     @staticmethod
-    def from_folder(folder: str | Path, cards: str | Path | None = None) -> Bundle:
+    def from_folder(folder: str | Path, cards: bool = False) -> Bundle:
         """The bundle of a run's folder, after notebook 03; its card says what later ones found.
 
-        `cards` is a folder of feature cards, of which those of the best features go along: they
-        show images and prompts. FileNotFoundError or ValueError names a file that is missing, or
-        newer than what it made.
+        With `cards`, which needs notebook 05, pages of the best features go along: they show images
+        and prompts. FileNotFoundError or ValueError names a file that is missing, or newer than
+        what it made.
         """
         manifest = Path(folder) / "trajectories" / "manifest.json"
         predictors = Path(folder) / "predictors.safetensors"
@@ -68,7 +75,15 @@ class Bundle(
             if not fingerprint or not digest(path).startswith(fingerprint):
                 raise ValueError(f"{path} has changed since it was used; run the later notebooks")
         report = card.summary(folder)
-        return Bundle(dictionary, about, report, cards and card.pages(cards, report))
+        if not cards:
+            return Bundle(dictionary, about, report)
+        if not report.get("features"):
+            refuse("cards", cards, "False until notebook 05 has chosen features")
+        from helpers.explorer import records  # here, with all that notebooks need
+        from helpers.explorer.cards import open_run
+
+        found = records.build(open_run(str(Path(folder).resolve())))
+        return Bundle(dictionary, about, report, found)
 
     @classmethod
     def from_pretrained(cls, name: str | Path, **download) -> Bundle:
@@ -102,14 +117,15 @@ class Bundle(
         model = self.manifest.get("model", "")
         if re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not Path(model).exists():
             data.base_model = model
-        text = card.text(self.dictionary, self.manifest, self.report, repo, self.cards)
+        text = card.text(self.dictionary, self.manifest, self.report, repo, self.shown)
         return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
 
     def _save_pretrained(self, save_directory: Path) -> None:
         self.dictionary.save(save_directory / SAFETENSORS_SINGLE_FILE)
-        for latent, page in self.cards.items():
-            to = save_directory / "features" / f"{latent}.html"
-            to.parent.mkdir(exist_ok=True)
-            shutil.copyfile(page, to)
+        (save_directory / "README.md").unlink(missing_ok=True)  # huggingface_hub would keep it
+        if self.shown:
+            from helpers.sharing import pages  # here, with all that draws
+
+            pages.write(self.records, self.shown, save_directory / "features")
         about = {"manifest": self.manifest} | ({"report": self.report} if self.report else {})
         save_json(save_directory / CONFIG_NAME, about)

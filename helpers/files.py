@@ -84,6 +84,11 @@ def save_text(path: str | Path, text: str) -> None:
     _replace(Path(path), lambda aside: aside.write_text(text))
 
 
+def save_bytes(path: str | Path, content: bytes) -> None:
+    """Write a file of bytes, atomically."""
+    _replace(Path(path), lambda aside: aside.write_bytes(content))
+
+
 def save_json(path: str | Path, record, sort_keys: bool = True) -> None:
     """Write a JSON file, atomically; NaN and infinity, which JSON has not, become null."""
     text = json.dumps(_finite(record), indent=2, sort_keys=sort_keys, allow_nan=False)

@@ -79,8 +79,8 @@ def test_what_the_run_measured_goes_along(run, tmp_path):
     found.save_pretrained(tmp_path / "saved")
     assert "0.123 [0.000, 1.000]" in (tmp_path / "saved" / "README.md").read_text()
     assert Bundle.from_pretrained(tmp_path / "saved").report == {"reconstruction": results}
-    with pytest.raises(FileNotFoundError, match="absent"):
-        Bundle.from_folder(tmp_path / "run", cards=tmp_path / "absent")
+    with pytest.raises(ValueError, match="cards is True; it must be False until notebook 05"):
+        Bundle.from_folder(tmp_path / "run", cards=True)
 
 
 def test_its_dictionary_is_the_runs(run, bundle):

@@ -103,7 +103,8 @@ def test_a_card_says_what_where_and_how_well(run):
         "in residual coordinates: what predictors leave over of each step",
     ):
         assert figure in said, figure
-    assert "[card](features/7.html)" in said and "features/5.html" not in said
+    assert "[7](features/latent-7.html)" in said and "(features/latent-7.jpg)" in said
+    assert "features/latent-5" not in said
     assert "secret" not in said and "height" not in said and "$" not in said
     rows = [line for line in said.splitlines() if line.startswith("|") and "size=large" in line]
     assert len(rows) == 1 and "–" in rows[0]  # nothing measured there
@@ -115,30 +116,15 @@ def test_a_card_of_nothing_measured_says_so():
     assert said.count("Not measured") == 2 and "at once, in raw coordinates. Each" in said
 
 
-def test_pages_are_found_by_their_latents(tmp_path):
-    for name in ("index.html", "latent_0007.html", "5.html", "12.html", "9.css"):
-        (tmp_path / name).write_text(name)
-    report = {"features": [{"latent": 7}, {"latent": 5}, {"latent": 9}]}
-    found = card.pages(tmp_path, report)
-    assert {n: p.name for n, p in found.items()} == {7: "latent_0007.html", 5: "5.html"}
-    with pytest.raises(FileNotFoundError, match=r"has no card of the latents \[9\]"):
-        card.pages(tmp_path, {"features": [{"latent": 9}]})
-    with pytest.raises(FileNotFoundError, match="absent"):
-        card.pages(tmp_path / "absent", report)
-
-
-def test_a_saved_bundle_has_the_card_and_the_pages(run, tmp_path):
-    (tmp_path / "pages").mkdir()
-    (tmp_path / "pages" / "latent_7.html").write_text("<p>seven</p>")
+def test_a_saved_bundle_has_the_card(run, tmp_path):
     report = card.summary(run)
-    bundle = Bundle(some(), MANIFEST, report, card.pages(tmp_path / "pages", report))
+    bundle = Bundle(some(), MANIFEST, report)
     bundle.save_pretrained(tmp_path / "saved")
-    assert (tmp_path / "saved" / "features" / "7.html").read_text() == "<p>seven</p>"
     said = (tmp_path / "saved" / "README.md").read_text()
     top, body = said.removeprefix("---\n").split("---\n", 1)
     assert "base_model: someone/a-model" in top and "license: mit" in top
     assert "library_name: residualized-temporal-saes" in top and "sparse-autoencoder" in top
-    assert body.strip() == card.text(some(), MANIFEST, report, "owner/name", [7]).strip()
+    assert body.strip() == card.text(some(), MANIFEST, report, "owner/name").strip()
     loaded = Bundle.from_pretrained(tmp_path / "saved")
     assert loaded.report == load_json(tmp_path / "saved" / "config.json")["report"] == report
     assert torch.equal(loaded.dictionary.directions(), bundle.dictionary.directions())

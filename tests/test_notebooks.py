@@ -418,8 +418,18 @@ def test_readme_own_loop_runs(readme_names):
 
 @pytest.mark.process
 def test_readme_bundle_lines_run(tiny_run, tmp_path):
+    run, bundle = tmp_path / "run", tmp_path / "bundle"
+    shutil.copytree(tiny_run, run)
+    chosen = {"name": "cluster 1", "residual": 3, "raw": 0, "effect": 1.0}
+    read = {"sae": files.digest(run / "sae.safetensors")[:16]}
+    read["raw concat"] = files.digest(run / "baselines" / "raw_concat.safetensors")[:16]
+    found = {"best": {}, "labels": {}, "strongest": [chosen]}
+    files.save_json(run / "latents.json", read | found)
     code = readme_code()[2].replace(".push_to_hub(", ".save_pretrained(")
-    code = code.replace('"runs/sd15"', repr(str(tiny_run)))
     names: dict = {}
-    exec(code.replace("you/sd15-residual-sae", str(tmp_path / "bundle")), names)
+    code = code.replace('"runs/sd15"', repr(str(run)))
+    exec(code.replace("you/sd15-residual-sae", str(bundle)), names)
     assert names["u"].shape == (32, 2, 128)
+    assert "| [3](features/latent-3.html)" in (bundle / "README.md").read_text()
+    page = (bundle / "features" / "latent-3.html").read_text()
+    assert "latent 3 of run, residual dictionary" in page and str(tmp_path) not in page

@@ -1,7 +1,9 @@
 import json
 import os
+import re
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +21,10 @@ from helpers.sae import SAE
 from helpers.sharing import saelens
 
 S, D, M, K = 3, 4, 10, 2
-PEER = Path(__file__).resolve().parents[1] / ".venv-peers" / "bin" / "python"
+ROOT = Path(__file__).resolve().parents[1]
+PEER = ROOT / ".venv-peers" / "bin" / "python"
+CODE = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+README = [code for code in CODE if "sae_lens" in code or "saelens" in code]
 MANIFEST = {"model": "tiny", "hookpoint": "mid", "steps": [0, 5, 9], "prompts": ["a secret"]}
 
 
@@ -354,13 +359,17 @@ def exchanged(tmp_path_factory):
             folder = root / "ours" / f"{name} {'folded' if folded else 'plain'}"
             saelens.save(found, folder, MANIFEST, folded=folded)
             save_file({"h": given.contiguous()}, folder / "h.safetensors")
-    command = [str(PEER), "-c", BY_THEM, str(root)]
+    in_peers(["-c", BY_THEM, str(root)])
+    return root
+
+
+def in_peers(arguments):
+    """Run Python with SAELens, without a network."""
     offline = os.environ | {"HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, env=offline, capture_output=True, text=True)
+    done = subprocess.run([str(PEER), *arguments], env=offline, capture_output=True, text=True)
     if "No module named 'sae_lens'" in done.stderr:
         pytest.skip("SAELens is not in .venv-peers: `make bench` creates it anew")
     assert done.returncode == 0, done.stderr
-    return root
 
 
 @pytest.mark.slow
@@ -378,6 +387,37 @@ def test_saelens_itself_computes_the_same_codes(exchanged, name, folded):
     expected = c.unstandardise(found(c.standardise(h))).flatten(1)
     rebuilt = out["h_hat"] if folded else c.unstandardise(c.restore(out["h_hat"])).flatten(1)
     torch.testing.assert_close(rebuilt, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.fixture
+def folder_of_the_readme(tmp_path, monkeypatch):
+    """What the README's lines for SAELens write."""
+    monkeypatch.chdir(tmp_path)
+    exec(README[0], {"bundle": SimpleNamespace(dictionary=made(), manifest=MANIFEST)})
+    return tmp_path / "sd15-saelens"
+
+
+def test_the_readmes_lines_fold(folder_of_the_readme):
+    h = recorded()
+    z, _ = theirs(folder_of_the_readme, h.flatten(1))
+    codes = made().codes(made().coordinates.standardise(h))
+    torch.testing.assert_close(z, codes, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.process
+def test_the_readmes_lines_for_saelens_run(exchanged, folder_of_the_readme):
+    h = recorded().unflatten(0, (12, 5)).transpose(1, 2)  # (image, step, token, channel)
+    save_file({"h": h.contiguous()}, "h.safetensors")
+    before = (
+        "from safetensors.torch import load_file, save_file\nh = load_file('h.safetensors')['h']"
+    )
+    after = "save_file({'codes': codes.detach()}, 'codes.safetensors')"
+    in_peers(["-c", "\n".join([before, README[1], after])])
+    codes = made().codes(made().coordinates.standardise(recorded())).unflatten(0, (12, 5))
+    found = load_file("codes.safetensors")["codes"]
+    torch.testing.assert_close(found, codes, rtol=1e-4, atol=1e-4)
+    assert torch.equal(found > 0, codes > 0)
 
 
 @pytest.mark.slow

@@ -80,7 +80,7 @@ def narrowed(images: np.ndarray, width: int) -> np.ndarray:
 def picture(array: np.ndarray, alt: str, tile: int, quality: int) -> str:
     """An <img> of a picture (height, width, 3), bytes, in which one image is `tile` pixels wide."""
     stream = io.BytesIO()
-    Image.fromarray(array).save(stream, "jpeg", quality=quality, subsampling=0, optimize=True)
+    Image.fromarray(array).save(stream, "jpeg", quality=quality, subsampling=0)
     data = base64.b64encode(stream.getvalue()).decode()
     height, width = array.shape[:2]
     place = f'width="{width}" height="{height}"' + ' class="small"' * (tile < 100)

@@ -6,7 +6,6 @@ run; `text` writes the card. What was not measured is said not to have been.
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from string import Template
 
@@ -77,28 +76,11 @@ def best(latents: dict, auroc: dict, n: int = N_BEST) -> list[dict]:
     return list(found.values())[:n]
 
 
-def pages(folder: str | Path, report: dict) -> dict[int, Path]:
-    """Latent -> its HTML page in a folder of feature cards, of a report's features that have one.
-
-    A page is named after its latent: 12.html, latent_0012.html. FileNotFoundError without any.
-    """
-    there = {}
-    for path in sorted(Path(folder).glob("*.html")):
-        named = re.fullmatch(r"(?:.*\D)?(\d+)", path.stem)
-        if named:
-            there[int(named[1])] = path
-    latents = [feature["latent"] for feature in report.get("features", [])]
-    found = {latent: there[latent] for latent in latents if latent in there}
-    if not found:
-        raise FileNotFoundError(f"cards: {folder} has no card of the latents {latents}; write them")
-    return found
-
-
 def text(dictionary: Dictionary, manifest: dict, report: dict, repo: str, with_page=()) -> str:
     """The model card in Markdown, without the metadata on top.
 
-    `report` is `summary`'s, empty where nothing is known; `with_page` are the latents whose cards
-    lie beside it as `features/<latent>.html`.
+    `report` is `summary`'s, empty where nothing is known; `with_page` are the latents of which
+    there is a page and a picture beside it, as `pages.write` makes them.
     """
     c = dictionary.coordinates
     return Template((Path(__file__).parent / "card.md").read_text()).substitute(
@@ -159,14 +141,19 @@ def _detection(report: dict) -> str:
 def _features(features: list[dict], with_page) -> str:
     if not features:
         return "None were chosen yet: notebook 05 does."
-    rows = []
-    for f in features:
-        page = f"[card](features/{f['latent']}.html)" if f["latent"] in with_page else ""
-        rows.append([f["latent"], _words(f["what"]), _estimate(f["auroc"]), page])
+    header, rows = ["latent", "of what", "AUROC on test images", ""], []
+    for feature in features:
+        name, picture = str(feature["latent"]), ""
+        if feature["latent"] in with_page:
+            picture = f"![Images and maps of latent {name}](features/latent-{name}.jpg)"
+            name = f"[{name}](features/latent-{name}.html)"
+        rows.append([name, _words(feature["what"]), _estimate(feature["auroc"]), picture])
     said = "The best detected labels' latents, then the strongest of the clusters."
-    if any(row[-1] for row in rows):
-        said += " A card is one page for a browser: download it and open it."
-    return said + "\n\n" + _table(rows, ["latent", "of what", "AUROC on test images", ""])
+    if with_page:
+        header[-1] = "random images in which it fires, and where"
+        said += " Each number leads to a page for a browser: download the folder `features` and"
+        said += " open its `index.html`."
+    return said + "\n\n" + _table(rows, header)
 
 
 def _estimate(value) -> str:
