@@ -38,8 +38,8 @@ gpu: .venv/installed
 	$(BIN)/python -m tests.test_gpu
 
 # Stable Diffusion 1.5 at full size with random weights, images of 128 × 192, through every
-# notebook: 10 GB of memory, 5 GB of disk, about ten minutes.
-slow: .venv/installed
+# notebook: 10 GB of memory, 5 GB of disk, about ten minutes. SAEs to and from SAELens and sparsify.
+slow: .venv/installed .venv-peers/installed
 	$(BIN)/python -m pytest tests -m slow -s
 
 # What a run will take, before it is begun: make estimate RUN=sd15
