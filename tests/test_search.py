@@ -34,7 +34,7 @@ def test_a_state_comes_back_from_its_text(state):
 def test_a_state_is_text_that_can_be_printed():
     assert str(State("demo", "residual", 12, sort="-peak")) == "demo/residual/latent=12&sort=-peak"
     state = State("demo", "raw concat", 3, find="colour=red", mask=(0, 1, 2, 7), strength=1.5)
-    assert str(state) == "demo/raw%20concat/latent=3&find=colour%3Dred&strength=1.5&mask=0-2,7"
+    assert str(state) == "demo/raw%20concat/latent=3&find=colour=red&strength=1.5&mask=0-2,7"
     assert State.parse(" demo/residual/ ") == State()
 
 

@@ -68,7 +68,7 @@ def test_it_opens_on_the_best_latent_and_its_example_with_no_image_made(explorer
 
 def test_a_pasted_state_is_shown_by_every_control_and_comes_back(explorer):
     text = (
-        "tiny/residual/latent=3&find=red&sort=-peak&prompt=a%20dog&seed=9&strength=1.5"
+        "tiny/residual/latent=3&find=red&sort=-peak&prompt=a+dog&seed=9&strength=1.5"
         "&first=1&mask=0-2,7"
     )
     explorer.parts["text"].value = text
@@ -94,8 +94,8 @@ def test_a_pasted_state_is_shown_by_every_control_and_comes_back(explorer):
         ("tiny/residual/latent=1&seed=-1", "seed is -1; it must be from 0"),
         ("tiny/residual/latent=1&first=2&last=1", "windows is (2, 1); it must be pairs"),
         ("tiny/residual/latent=1&strength=1&last=3", "windows is (0, 3)"),
-        ("tiny/residual/latent=1&find=like%2099", "latent is 99; it must be from 0 to 15"),
-        ("tiny/residual/latent=1&sort=-painted%20share", "mask is (); it must be painted"),
+        ("tiny/residual/latent=1&find=like+99", "latent is 99; it must be from 0 to 15"),
+        ("tiny/residual/latent=1&sort=-painted+share", "mask is (); it must be painted"),
     ],
 )
 def test_a_bad_state_changes_nothing_and_is_refused_in_a_sentence(explorer, text, told):
@@ -218,7 +218,7 @@ def test_the_plain_image_of_a_prompt_and_seed_is_made_once(explorer, pipe):
 def test_only_apply_runs_the_model(found):
     loaded = []
     explorer = shell.Explorer(found, lambda: loaded.append(1))
-    explorer.open("tiny/residual/latent=3&prompt=a%20dog&strength=2&mask=1")
+    explorer.open("tiny/residual/latent=3&prompt=a+dog&strength=2&mask=1")
     explorer.parts["find"].value = "red"
     explorer.parts["paint"].mask = [4]
     press(explorer, "example")

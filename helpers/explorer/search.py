@@ -1,6 +1,6 @@
 """Finding latents, and a view's state as text that can be printed and opened again.
 
-demo/residual/latent=12&sort=-peak&find=red
+demo/residual/latent=12&find=red&sort=-peak
 """
 
 import math
@@ -41,7 +41,7 @@ class State:
             if value != f.default:
                 shown[f.name] = ranges(value) if f.name == "mask" else value
         path = "/".join(quote(part, safe="") for part in (self.run, self.dictionary))
-        return f"{path}/{urlencode(shown, quote_via=quote, safe=',')}"
+        return f"{path}/{urlencode(shown, safe=',=')}"
 
     @staticmethod
     def parse(text: str) -> "State":
