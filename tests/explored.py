@@ -46,9 +46,9 @@ class Store:
         return self.h[list(rows)]
 
 
-def tiny_run(folder, channels=3, labels=True, k=3.0, **changes):
+def tiny_run(folder, channels=3, labels=True, k=3.0, store=None, **changes):
     """What `records.build` asks of a run; `made` tells what its files were made from."""
-    store = Store(channels)
+    store = store or Store(channels)
     moments = accumulate([store.h])
     predictors = fit(moments, moments)
     x = predictors.standardise(store.h.transpose(1, 2)).flatten(0, 1)
@@ -56,7 +56,7 @@ def tiny_run(folder, channels=3, labels=True, k=3.0, **changes):
     run = SimpleNamespace(
         **{"name": "tiny", "folder": folder, "store": store, "predictors": predictors},
         dictionary=untrained(residual(predictors), LATENTS, k).calibrate(x),
-        truth=Words(PROMPTS),
+        truth=Words(store.prompts),
         path=lambda what: folder / f"{what}.json",
         made=made,
         made_from=lambda what: {

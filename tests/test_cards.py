@@ -113,6 +113,11 @@ def test_cards_lead_to_one_another(written):
     assert "It fires in none of these images." in page.text
 
 
+def test_a_card_that_stands_alone_leads_nowhere(built):
+    page = Page(card(built.record(2), []))
+    assert not page.all("nav") and page.all("a") == [{"class": "skip", "href": "#main"}]
+
+
 def test_the_index_can_be_searched_and_read_without_a_script(built, written):
     page = Page((written / "index.html").read_text())
     rows = page.all("tr")[1:]

@@ -27,7 +27,7 @@ from helpers.run.parameters import (
     parameters_of,
 )
 
-PATHS = sorted(NOTEBOOKS.glob("0*.ipynb"))
+PATHS = sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
 NAMES = [p.stem for p in PATHS]
 README = (ROOT / "README.md").read_text()
 TINY = {
@@ -248,6 +248,19 @@ def test_without_labels_or_an_autoencoder_companions_have_nothing_to_measure(gre
     assert names["pairs"] == [] and names["m"] == 0
     found = metrics_of(grey_run, "09")["metrics"]
     assert found["masks"] == found["dense probe"] == found["auroc, less labelled direction"] == {}
+
+
+@pytest.mark.process
+def test_a_state_that_the_explorer_wrote_makes_the_same_image_again(grey_run):
+    names = run_here("10", run=str(grey_run))
+    assert names["explorer"].state.prompt == "" and names["found"].labels == {}
+    first = metrics_of(grey_run, "10")["metrics"]
+    assert first["change"]["painted"] > 0 and "strength=4.0" in first["tried"]
+    run_here("10", run=str(grey_run), state=first["tried"], example_strength=0.0)
+    again = metrics_of(grey_run, "10")["metrics"]
+    assert again == first | {"opened": first["tried"]}
+    with pytest.raises(ValueError, match="latent is 99; it must be from 0 to 31"):
+        run_here("10", run=str(grey_run), state="run/residual/latent=99")
 
 
 @pytest.mark.process

@@ -14,10 +14,14 @@ COUNTS = Counts(random=3, quantile=4, top=2, sample=6)
 
 
 @pytest.fixture(scope="module")
-def record(tmp_path_factory):
+def built(tmp_path_factory):
     run = tiny_run(tmp_path_factory.mktemp("run"))
     run.dictionary.coder.threshold[7] = 1e9
-    built = records.build(run, counts=COUNTS)
+    return records.build(run, counts=COUNTS)
+
+
+@pytest.fixture(scope="module")
+def record(built):
     return built.record(2)
 
 
@@ -90,3 +94,18 @@ def test_a_score_that_nobody_knows_is_a_dash(record):
     said = page.statistics(replace(record, name=Name("x", NOTHING)))
     assert said["name's score"] == "–" and said["name"] == "x"
     assert page.statistics(replace(record, name=Name("x")))["name's score"] == "–"
+
+
+def test_latents_are_listed_with_the_statistic_they_are_sorted_by(built):
+    rate, score = (built.table[name][2] for name in ("firing rate", "label score"))
+    assert page.row(built, 2).split() == ["2", "word=red", page.in_words("firing rate", rate)]
+    assert page.row(built, 2, "-label score").split()[2] == f"{score:.3f}"
+    assert page.row(built, 7, "latent").split() == ["7", "–", "0.00%"]
+    assert len({len(page.row(built, i)) for i in range(16)}) == 1
+
+
+def test_the_overview_has_all_statistics_in_words(built):
+    red, silent = page.overview(built, [2, 7])
+    assert list(red)[:2] == ["latent", "name or label"] and list(red)[2:] == list(built.table)
+    assert (red["latent"], red["name or label"]) == (2, "word=red")
+    assert silent["images"] == "0.00%" and silent["peak"] == "–"

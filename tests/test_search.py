@@ -34,7 +34,7 @@ def test_a_state_comes_back_from_its_text(state):
 def test_a_state_is_text_that_can_be_printed():
     assert str(State("demo", "residual", 12, sort="-peak")) == "demo/residual/latent=12&sort=-peak"
     state = State("demo", "raw concat", 3, find="colour=red", mask=(0, 1, 2, 7), strength=1.5)
-    assert str(state) == "demo/raw%20concat/latent=3&find=colour%3Dred&strength=1.5&mask=0-2,7"
+    assert str(state) == "demo/raw%20concat/latent=3&find=colour=red&strength=1.5&mask=0-2,7"
     assert State.parse(" demo/residual/ ") == State()
 
 
@@ -129,8 +129,12 @@ def test_a_latent_that_there_is_not_is_refused(query):
 def test_a_painted_region_finds_what_lives_there():
     left = np.array([[True, False], [True, False]])
     assert inside(found(), left).tolist() == [0.5, 0, 0, 0.75, 0.5]
-    assert find(found(), "colour=red", region=left) == [3, 0]
-    assert find(found(), region=left) == [3, 0, 4, 1, 2]
+    assert find(found(), "colour=red", "-painted share", left) == [3, 0]
+    assert find(found(), sort="-painted share", region=left) == [3, 0, 4, 1, 2]
+    assert find(found(), sort="painted share", region=left) == [1, 2, 0, 4, 3]
+    for nothing in (None, ~left & left):
+        with pytest.raises(ValueError, match="mask is .*painted where the order is by"):
+            find(found(), sort="painted share", region=nothing)
     with pytest.raises(
         ValueError, match=r"region is \(1, 4\); it must be of the token grid, \(2, 2\)"
     ):

@@ -38,7 +38,7 @@ def file_of(latent: int) -> str:
 
 
 def card(record: Record, written: list[int]) -> str:
-    """The HTML of a record; `written` are the latents that have cards, to which it links.
+    """The HTML of a record; `written` are the latents that have cards, to which it links, if any.
 
     Images are as large as fits into LIMIT bytes, and never larger than they were made.
     """
@@ -116,6 +116,8 @@ def _page(record: Record, written: list[int], img) -> str:
 
 
 def _links(record: Record, written: list[int]) -> str:
+    if not written:
+        return ""
     links = ['<a href="index.html">All features</a>']
     if record.latent in written:
         at = written.index(record.latent)

@@ -9,7 +9,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from helpers.explorer import pictures
-from helpers.explorer.record import Record
+from helpers.explorer.record import STATISTICS, Record
 from helpers.plots.style import WIDE, colour
 
 KINDS = {
@@ -37,6 +37,28 @@ def statistics(record: Record) -> dict[str, str]:
     if record.name:
         found |= {"name": record.name.text, "name's score": str(record.name.score or "–")}
     return found
+
+
+def column_of(sort: str) -> str:
+    """The statistic that a list shows beside latents: the one it is sorted by, if it is by one."""
+    name = sort.removeprefix("-")
+    return name if name in STATISTICS else "firing rate"
+
+
+def row(records, latent: int, sort: str = "") -> str:
+    """A latent's line in a list, in columns of even width: number, name or label, statistic."""
+    name = column_of(sort)
+    value = in_words(name, records.table[name][latent])
+    return f"{latent:>5} {(records.title(latent) or '–')[:24]:24} {value:>7}"
+
+
+def overview(records, latents) -> list[dict]:
+    """A table of latents: number, name or label, and statistics, in words."""
+    return [
+        {"latent": i, "name or label": records.title(i) or "–"}
+        | {name: in_words(name, values[i]) for name, values in records.table.items()}
+        for i in latents
+    ]
 
 
 def heading(record: Record) -> str:

@@ -1,6 +1,6 @@
 """Finding latents, and a view's state as text that can be printed and opened again.
 
-demo/residual/latent=12&sort=-peak&find=red
+demo/residual/latent=12&find=red&sort=-peak
 """
 
 import math
@@ -13,7 +13,8 @@ import numpy as np
 from helpers.checks import in_range, one_of, refuse
 from helpers.explorer.record import STATISTICS
 
-SORTS = ("latent", *STATISTICS)
+REGION = "painted share"  # of a latent's mean code, how much lies within the painted tokens
+SORTS = ("latent", *STATISTICS, REGION)
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class State:
             if value != f.default:
                 shown[f.name] = ranges(value) if f.name == "mask" else value
         path = "/".join(quote(part, safe="") for part in (self.run, self.dictionary))
-        return f"{path}/{urlencode(shown, quote_via=quote, safe=',')}"
+        return f"{path}/{urlencode(shown, safe=',=')}"
 
     @staticmethod
     def parse(text: str) -> "State":
@@ -103,16 +104,15 @@ def find(records, query: str = "", sort: str = "", region=None) -> list[int]:
     `query`: nothing, an index ('12'), 'like 12', or text: part of a name, a label ('colour=red') or
     its value, a word of the prompts. By a word come latents whose examples have it more often than
     all prompts do, by how much more. `sort`: one of SORTS, '-peak' for the largest first; latents
-    of which there is nothing to say come last. `region`: painted tokens, bool (rows, columns); what
-    is found then comes by the share of its mean code that lies within.
+    of which there is nothing to say come last. `region`, for 'painted share': bool (rows, columns).
     """
     found = _matching(records, query.strip())
-    if region is not None and not sort:
-        share = inside(records, region)[found]
-        return found[np.argsort(-share, kind="stable")].tolist()
     if sort:
         name = check_sort(sort).removeprefix("-")
-        values = found if name == "latent" else records.table[name][found]
+        if name == REGION:
+            values = inside(records, region)[found]
+        else:
+            values = found if name == "latent" else records.table[name][found]
         order = np.argsort(-values if sort[0] == "-" else values, kind="stable")  # NaN comes last
         found = found[order]
     return found.tolist()
@@ -121,8 +121,10 @@ def find(records, query: str = "", sort: str = "", region=None) -> list[int]:
 def inside(records, region) -> np.ndarray:
     """Share of each latent's mean code that lies within a region, bool (rows, columns): (latent,).
 
-    0 for latents that never fire.
+    0 for latents that never fire. ValueError where no token is painted.
     """
+    if region is None or not np.any(region):
+        refuse("mask", (), f"painted where the order is by {REGION}")
     region, mean_map = np.asarray(region, bool), records.array("mean_map")
     if region.shape != tuple(records.store.grid):
         refuse("region", region.shape, f"of the token grid, {tuple(records.store.grid)}")

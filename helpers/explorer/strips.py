@@ -6,6 +6,7 @@ import torch
 
 from helpers import steering
 from helpers.explorer.record import Strip, load_strip, save_strip
+from helpers.explorer.steered import of_example
 
 STRENGTHS = (-4.0, -2.0, 0.0, 2.0, 4.0)  # in units of the RMS norm of centred tokens
 
@@ -21,10 +22,8 @@ def make(found, dictionary, pipe, latent: int, strengths=STRENGTHS, batch_size=N
     latent that never fires is shown on the split's first image. What is there already, of the same
     strengths and prompt, is kept. A direction that is zero raises ValueError.
     """
-    store, (image, *_) = found.store, found.array("images")[latent].tolist()
-    number = store.indices(found.split)[max(image, 0)]
-    prompt, seed, strengths = store.prompts[number], store.seeds[number], sorted(strengths)
-    path = path_of(found, latent)
+    store, strengths, path = found.store, sorted(strengths), path_of(found, latent)
+    prompt, seed = of_example(found, latent)
     if path.exists():
         strip = load_strip(path)
         if strip.prompt == prompt and strip.strengths.tolist() == strengths:

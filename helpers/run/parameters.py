@@ -47,8 +47,9 @@ KINDS = {  # type as written -> whether a value is of it, in words
 
 
 def analysis_notebooks(companions: bool = False) -> list[Path]:
-    """Notebooks 01 to 08, in order, and 09 on request; 00, which trains the model, is run alone."""
-    return sorted(NOTEBOOKS.glob(f"0[1-{9 if companions else 8}]_*.ipynb"))
+    """Notebooks 01 to 08, in order, and those after 08 on request; 00, which trains, is alone."""
+    every = sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
+    return [path for path in every if 1 <= int(path.name[:2]) <= (99 if companions else 8)]
 
 
 def parameters_of(notebook: Path) -> dict[str, tuple]:
