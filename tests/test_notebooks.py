@@ -27,7 +27,7 @@ from helpers.run.parameters import (
     parameters_of,
 )
 
-PATHS = sorted(NOTEBOOKS.glob("0*.ipynb"))
+PATHS = sorted(NOTEBOOKS.glob("[0-9]*.ipynb"))
 NAMES = [p.stem for p in PATHS]
 README = (ROOT / "README.md").read_text()
 TINY = {

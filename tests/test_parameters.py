@@ -41,7 +41,7 @@ OUT_OF_RANGE = {
     "device": ("gpu",),
     "mode": ("both", ""),
 }
-NOTEBOOKS = sorted(parameters.NOTEBOOKS.glob("0*.ipynb"))
+NOTEBOOKS = sorted(parameters.NOTEBOOKS.glob("[0-9]*.ipynb"))
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ METADATA = {
 
 
 def execute(name: str, companions: bool = False) -> list[Path]:
-    """Run notebooks 01 to 08, with `companions` 09 too, with a file of parameters; their copies.
+    """Run notebooks 01 to 08, with `companions` the later ones too, and return their copies.
 
     A notebook whose code, parameters and files are as its last run left them is skipped. One that
     fails is named, with its error's sentence, in a RuntimeError.
@@ -142,6 +142,6 @@ def publish_results(run: str) -> None:
     made = {Path(p) for stamp in stamps for p in load_json(stamp)["files"]}
     for plot in set(figures.glob("*.p??")) - made:
         plot.unlink()  # of an earlier run
-    for path in sorted((run_folder(run) / "metrics").glob("0[1-9]_*.json")):
+    for path in sorted((run_folder(run) / "metrics").glob("[0-9][0-9]_*.json")):
         save_text(figures / "metrics" / path.name, path.read_text())
     report.write(parameters.ROOT, figures, figures_folder("demo_model"))
