@@ -71,6 +71,17 @@ def name_features(
         return dict(zip(features, done))
 
 
+def score_names(
+    given: dict, callables, examples, images, maps, workers: int = 1
+) -> dict[int, Named]:
+    """Scores of names that are given, feature -> name, as `name_features` scores those it found."""
+
+    def told(feature):
+        return (lambda _: {"name": given[feature], "patterns": ""}, *callables(feature)[1:])
+
+    return name_features(given, told, examples, images, maps, workers)
+
+
 def summary(named: Iterable) -> dict[str, Estimate]:
     """Mean scores over features, with intervals over features; those without one take no part.
 

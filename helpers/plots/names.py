@@ -5,41 +5,47 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from helpers.plots.images import tile
-from helpers.plots.style import WIDE
+from helpers.plots.style import WIDE, colour
 
 ROW = 0.135  # inches a line of text takes
+LOOKS = {  # series -> how its marks look, in the order of drawing
+    "another's": {"marker": "|", "color": colour("random"), "markersize": 5},
+    "label": {"marker": "D", "color": "black", "markersize": 3.5, "markerfacecolor": "none"},
+    "its name": {"marker": "o", "color": colour("residual concat"), "markersize": 3},
+}
+LOOKS["label"]["markeredgewidth"] = 0.6
 
 
-def scores_view(rows: list[tuple[str, dict]], panels: list[str], looks: dict) -> Figure:
+def scores_view(rows: list[tuple[str, dict, bool]], panels: dict[str, str]) -> Figure:
     """A line of text for each feature and, beside it, its scores in each of some panels.
 
-    `rows`: (text, scores); scores are series -> panel -> `metrics.Estimate`, {} for a heading.
-    `looks`: series -> what `Axes.plot` takes, in the order of drawing, and 'interval', whether it
-    is drawn. Scores are from 0 to 1; a line stands at 0.5.
+    `rows`: text, scores, and whether it is bold, as means are; scores are series -> panel ->
+    `metrics.Estimate`, the series those of LOOKS. They are from 0 to 1, and a line stands at 0.5.
+    `panels`: panel -> title.
     """
     height = ROW * len(rows) + 0.75
     fig, axes = plt.subplots(1, len(panels), figsize=(WIDE, height), sharey=True, squeeze=False)
-    for ax, panel in zip(axes[0], panels):
+    for ax, (panel, title) in zip(axes[0], panels.items()):
         ax.axvline(0.5, color="black", linewidth=0.5, linestyle=":")
-        for series, look in looks.items():
-            _dots(ax, [scores.get(series, {}).get(panel) for _, scores in rows], series, look)
-        ax.set(title=panel, xlim=(-0.03, 1.03), ylim=(len(rows) - 0.4, -0.6))
+        for series, look in LOOKS.items():
+            _dots(ax, [scores.get(series, {}).get(panel) for _, scores, _ in rows], series, look)
+        ax.set(title=title, xlabel="AUC", xlim=(-0.03, 1.03), ylim=(len(rows) - 0.4, -0.6))
         ax.tick_params(axis="y", length=0)
-    axes[0, 0].set_yticks(range(len(rows)), [text for text, _ in rows], fontsize=5.5)
-    for text, (_, scores) in zip(axes[0, 0].get_yticklabels(), rows):
-        text.set_fontweight("normal" if scores else "bold")
-    handles, names = axes[0, 0].get_legend_handles_labels()
-    fig.legend(handles, names, loc="outside upper center", ncols=len(looks))
+    axes[0, 0].set_yticks(range(len(rows)), [text for text, *_ in rows], fontsize=5.5)
+    for text, (*_, bold) in zip(axes[0, 0].get_yticklabels(), rows):
+        text.set_fontweight("bold" if bold else "normal")
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
     return fig
 
 
 def _dots(ax, estimates: list, series: str, look: dict) -> None:
-    """A series in one panel: a mark for each row that has a value, and its interval."""
-    style = {name: value for name, value in look.items() if name != "interval"}
+    """A series in one panel: a mark for each row that has a value, of names also its interval."""
     there = [(e, y) for y, e in enumerate(estimates) if e is not None and not np.isnan(e.value)]
-    for e, y in there if look["interval"] else ():
-        ax.plot([e.low, e.high], [y, y], color=style["color"], linewidth=0.8, zorder=1)
-    ax.plot([e.value for e, _ in there], [y for _, y in there], linestyle="", label=series, **style)
+    for e, y in there if series == "its name" else ():
+        ax.plot([e.low, e.high], [y, y], color=look["color"], linewidth=0.8, zorder=1)
+    if there:
+        value, place = zip(*((e.value, y) for e, y in there))
+        ax.plot(value, place, linestyle="", label=series, **look)
 
 
 def examples_view(features: dict[str, tuple[np.ndarray, np.ndarray]]) -> Figure:
