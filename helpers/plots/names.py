@@ -13,7 +13,8 @@ LOOKS = {  # series -> how its marks look, in the order of drawing
     "label": {"marker": "D", "color": "black", "markersize": 3.5, "markerfacecolor": "none"},
     "its name": {"marker": "o", "color": colour("residual concat"), "markersize": 3},
 }
-LOOKS["label"]["markeredgewidth"] = 0.6
+for _series, _width in (("another's", 1.2), ("label", 0.6)):
+    LOOKS[_series]["markeredgewidth"] = _width
 
 
 def scores_view(rows: list[tuple[str, dict, bool]], panels: dict[str, str]) -> Figure:
