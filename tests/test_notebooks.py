@@ -318,7 +318,8 @@ def ask_server(run, url, **changes):
 @pytest.mark.process
 def test_the_reader_names_planted_features_far_better_than_chance(labelled_run, tmp_path):
     shutil.copytree(labelled_run, run := tmp_path / "run")
-    run_here("11", run=str(run), **SMALL_NAMING)
+    enough = {"n_planted": 100, "n_described": 10, "n_judged": 6}
+    run_here("11", run=str(run), **SMALL_NAMING | enough)
     found = metrics_of(run, "11")["metrics"]
     planted = found["planted"]
     assert planted["named right"][0] >= 0.8
@@ -356,7 +357,8 @@ def test_a_constant_judge_gets_one_half_and_a_second_run_asks_nothing(
     assert {value for value, *_ in of_names} - {None} == {0.5}
     assert found["without a name"] == [] and found["unanswered"] == {}
     assert len(found["examined"]) == 1 and names["together"] == ["one", "two"] * 2
-    assert -1 <= found["without a judge"]["at random"]["coherence"][0] <= 1
+    retrieval = [of["retrieval"][0] for of in found["without a judge"].values() if len(of) == 3]
+    assert {0 <= value <= 1 for value in retrieval if value is not None} == {True}
 
     (kind, latent), of = next(iter(names["named"].items()))
     built = records.build(names["run"])

@@ -22,7 +22,7 @@ def test_each_score_is_a_mark_on_its_line_and_names_have_intervals():
     first, second = fig.axes
     marks = {line.get_label(): line.get_xydata().tolist() for line in first.lines}
     assert marks["its name"] == [[0.8, 0], [0.8, 1]] and marks["another's"] == [[0.4, 1]]
-    assert sum(line.get_xdata() == [0.6, 0.9] for line in first.lines) == 2
+    assert sum(list(line.get_xdata()) == [0.6, 0.9] for line in first.lines) == 2
     assert len(second.lines) == 1 and second.get_title() == "second"  # only the line at 0.5
     assert [t.get_fontweight() for t in first.get_yticklabels()] == ["bold", "normal"]
 
