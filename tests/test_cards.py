@@ -10,6 +10,7 @@ from helpers.explorer import cards, records
 from helpers.explorer.card import LIMIT, card, clipped, narrowed
 from helpers.explorer.examples import Counts
 from helpers.explorer.record import Examples, Name, Strip
+from helpers.measure.metrics import Estimate
 
 COUNTS = Counts(random=3, quantile=4, top=2, sample=6)
 VOID = {"meta", "img", "br", "input", "path", "polyline"}
@@ -66,6 +67,18 @@ def test_a_card_and_an_index_are_written_for_each_latent_once(built, written, tm
     assert [p.name for p in again] == ["latent-2.html", "latent-7.html", "latent-5.html", names[0]]
     for path in again:
         assert path.read_bytes() == (written / path.name).read_bytes()
+
+
+def test_the_index_says_how_good_names_are_where_there_are_any(tmp_path):
+    run = tiny_run(tmp_path / "run")
+    records.build(run, counts=COUNTS)
+    for names in ({}, {2: Name("stripes", Estimate(0.8, 0.7, 0.9)), 5: Name("dots")}):
+        records.save_names(run, "residual", names)
+        cards.write(records.load(run), [2, 5, 7], tmp_path)
+        text = (tmp_path / "index.html").read_text()
+        assert ("name score" in text) == ("A name score is the AUC" in text) == bool(names)
+    assert '<td data-value="0.8">0.800</td>' in text and "stripes" in text and "dots" in text
+    assert "0.800 [0.700, 0.900]" in (tmp_path / "latent-2.html").read_text()
 
 
 @pytest.mark.parametrize("name", ["index.html", "latent-2.html", "latent-7.html"])

@@ -76,6 +76,17 @@ def test_what_is_lit_is_described_and_not_what_is_beside_it():
     assert namer.describe(panels(images[sky], lit))["name"] == "sky background"
 
 
+def test_as_an_encoder_the_reader_puts_what_is_shown_near_what_is_said():
+    eye = namer.Encoder()
+    x = eye.images(draw(PAIR)[0])
+    texts = ["red circle", "sky background", "green circle", "white background"]
+    near = (eye.texts(texts) @ x[0]).tolist()
+    n = int(x.count_nonzero())  # the background and what either thing is: five or more values
+    assert n > 5 and near[:2] == pytest.approx([(2 / n) ** 0.5, n**-0.5])
+    assert near[2] == pytest.approx(near[0] / 2) and near[3] == 0
+    assert eye.images(np.random.default_rng(0).random((1, 64, 64, 3), np.float32)).sum() == 0
+
+
 def test_nothing_in_common_has_no_name():
     noise = np.random.default_rng(0).random((4, 64, 64, 3), np.float32)
     assert namer.describe(panels(noise, np.ones((4, 4, 4))))["name"] == ""

@@ -1,11 +1,14 @@
 import ast
 import dis
+import multiprocessing
 import os
 import re
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
+import time
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -14,8 +17,10 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from servers import chat, serving
 
 from helpers import files
+from helpers.explorer import cards, records
 from helpers.run import report
 from helpers.run.folder import Run
 from helpers.run.parameters import (
@@ -280,6 +285,156 @@ def test_after_another_training_baselines_are_refused_until_04_has_trained_them_
     assert run.baseline("raw concat").coder.k == 2
     with pytest.raises(ValueError, match="run 05_spatiotemporal_heatmaps again"):
         _ = run.latents
+
+
+# --- names ---
+
+SMALL_NAMING = {
+    **{"n_described": 2, "n_judged": 2, "n_labelled": 3, "n_random": 3, "n_untrained": 2},
+    **{"n_planted": 40, "n_examined": 1, "n_prompts": 2, "batch_size": 4, "n_patches": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def labelled_run(tmp_path_factory):
+    """Notebooks 01 to 05 on the demo model, with enough test images to name features from."""
+    folder = tmp_path_factory.mktemp("labelled") / "run"
+    more = {"01": {"n_test": 10}, "05": {"n_timed": 0, "n_shuffles": 2, "n_examples": 1}}
+    for notebook in ("01", "02", "03", "04", "05"):
+        given = TINY.get(notebook, {}) | more.get(notebook, {})
+        run_here(notebook, run=str(folder), **given)
+    return folder
+
+
+class Seer:
+    """Answers a chat server's questions: names all different, every judgement the same."""
+
+    def __init__(self):
+        self.named = 0
+
+    def __call__(self, body):
+        text = body["messages"][0]["content"][-1]["text"]
+        if "lit regions" in text:
+            self.named += 1
+            return chat({"patterns": "seen", "name": f"name {self.named}"})
+        if "prompts" in text:
+            return chat({side: ["one", "two"] for side in ("should", "should_not")})
+        return chat({"score": 70})
+
+
+def ask_server(run, url, **changes):
+    """Notebook 11 with a server; its names."""
+    given = {"backend": "server", "vlm": "seer", "base_url": url, "n_planted": 0}
+    return run_here("11", run=str(run), **SMALL_NAMING | given | changes)
+
+
+@pytest.mark.process
+def test_the_reader_names_planted_features_far_better_than_chance(labelled_run, tmp_path):
+    shutil.copytree(labelled_run, run := tmp_path / "run")
+    enough = {"n_planted": 100, "n_described": 10, "n_judged": 6}
+    run_here("11", run=str(run), **SMALL_NAMING | enough)
+    found = metrics_of(run, "11")["metrics"]
+    planted = found["planted"]
+    assert planted["named right"][0] >= 0.8
+    for what in ("random AUC", "hard AUC", "localisation AUC"):
+        reader, chance = (planted[who][what][0] for who in ("reader", "chance"))
+        assert reader >= 0.85 and reader > chance + 0.15, what
+    assert found["spent"] == {} and not (run / "replies").exists()
+    for path in run.rglob("*.json"):
+        assert "NaN" not in path.read_text(), path
+
+
+@pytest.mark.process
+def test_a_constant_judge_gets_one_half_and_a_second_run_asks_nothing(
+    labelled_run, tmp_path, capsys
+):
+    import encoders
+
+    shutil.copytree(labelled_run, run := tmp_path / "run")
+    for part in encoders.parts("siglip"):
+        part.save_pretrained(tmp_path / "encoder")
+    given = {"price_read": 1.0, "encoder": str(tmp_path / "encoder")}
+    with serving((429, {"Retry-After": "0.01"}, ""), Seer()) as server:
+        names = ask_server(run, server.url, **given)
+        asked, said = len(server.asked), capsys.readouterr().out
+        found = metrics_of(run, "11")["metrics"]
+        ask_server(run, server.url, **given)
+    assert len(server.asked) == asked and metrics_of(run, "11")["metrics"] == found
+    spent = sum(of[0] for of in found["spent"].values())
+    most = found["expected"]["calls"]
+    assert spent == asked - 1 <= most
+    assert f"at most: {most:,} calls" in said and said.index("at most") < said.index("have a name")
+    assert sum(of[3] for of in found["spent"].values()) == pytest.approx(7e-6 * spent)
+
+    of_names = [of for named in found["named"].values() for k, of in named.items() if " " in k]
+    assert {value for value, *_ in of_names} - {None} == {0.5}
+    assert found["without a name"] == [] and found["unanswered"] == {}
+    assert len(found["examined"]) == 1 and names["together"] == ["one", "two"] * 2
+    retrieval = [of["retrieval"][0] for of in found["without a judge"].values() if len(of) == 3]
+    assert {0 <= value <= 1 for value in retrieval if value is not None} == {True}
+
+    (kind, latent), of = next(iter(names["named"].items()))
+    built = records.build(names["run"])
+    assert built.names[latent].text == of.name and kind != "untrained"
+    cards.write(built, [latent], tmp_path / "cards")
+    pages = [(tmp_path / "cards" / p).read_text() for p in ("index.html", f"latent-{latent}.html")]
+    assert all(of.name in page and "0.500" in page for page in pages)
+
+
+@pytest.mark.process
+def test_features_that_nobody_names_are_listed_with_the_reason(labelled_run, tmp_path, capsys):
+    shutil.copytree(labelled_run, run := tmp_path / "run")
+    refusal, words = chat(None, refusal="I would rather not"), chat("no JSON today")
+    with serving(refusal, words, words, words, Seer()) as server:
+        names = ask_server(run, server.url)
+    said, found = capsys.readouterr().out, metrics_of(run, "11")["metrics"]
+    first, second = [f"{kind} {latent}" for kind, latent in names["features"][:2]]
+    reasons = {"refused: I would rather not", "no JSON object in 'no JSON today'"}
+    assert found["without a name"] == [first, second] and f"{first}, {second}" in said
+    assert set(found["unanswered"].values()) == reasons and all(why in said for why in reasons)
+    assert found["named"][first]["random AUC"][0] is None
+    kept = files.load_json(names["path"])
+    assert kept and not {first.split()[-1], second.split()[-1]} & set(kept)
+
+
+@pytest.mark.process
+def test_a_killed_naming_asks_only_for_what_is_missing(labelled_run, tmp_path):
+    shutil.copytree(labelled_run, run := tmp_path / "run")
+    with serving(*[Seer()] * 7, "hang") as server:
+        naming = multiprocessing.get_context("fork").Process(
+            target=ask_server, args=(run, server.url)
+        )
+        naming.start()
+        waited = time.monotonic() + 120
+        while len(server.asked) < 8 and time.monotonic() < waited and naming.is_alive():
+            time.sleep(0.05)
+        os.kill(naming.pid, signal.SIGKILL)
+        naming.join()
+    assert naming.exitcode == -signal.SIGKILL and not (run / "metrics/11_naming.json").exists()
+    assert len(list((run / "replies").rglob("*.json"))) == 7
+    with serving(Seer()) as server:
+        ask_server(run, server.url)
+    every = len(list((run / "replies").rglob("*.json")))
+    assert len(server.asked) == every - 7 > 0
+
+
+@pytest.mark.process
+def test_outside_the_demo_world_a_language_model_is_asked_and_told_of_rare_features(
+    grey_run, capsys
+):
+    with pytest.raises(
+        ValueError, match="^backend is 'reader'; it must be 'server' or 'local' for"
+    ):
+        run_here("11", run=str(grey_run))
+    with serving(Seer()) as server:
+        with pytest.raises(ValueError, match="^vlm is ''; it must be the name of a"):
+            ask_server(grey_run, server.url, vlm="")
+        names = ask_server(grey_run, server.url, latents=[*range(TINY["03"]["n_latents"])])
+    assert names["images"].shape[-1] == 1 and names["labels"] == names["examined"] == {}
+    assert any(of.name for of in names["named"].values())
+    rare = {f"{kind} {i}" for kind, i in names["rare"]}
+    assert rare <= set(metrics_of(grey_run, "11")["metrics"]["without a name"])
+    assert len(rare) == capsys.readouterr().out.count("fires in fewer than two images")
 
 
 # --- the notebooks as they stand ---

@@ -9,6 +9,7 @@ from helpers.explorer.examples import Counts
 from helpers.explorer.record import STATISTICS, Name, Strip, save_strip
 from helpers.files import save_json
 from helpers.measure import timing
+from helpers.measure.metrics import Estimate
 from helpers.steering import only_new
 
 COUNTS = Counts(random=3, quantile=4, top=2, sample=6)
@@ -178,6 +179,21 @@ def test_names_and_strips_are_shown_where_there_are_any(tmp_path):
     assert plain.name is None and plain.strip is None
     with pytest.raises(ValueError, match="latent is 16; it must be from 0 to 15"):
         built.record(16)
+
+
+def test_names_are_added_and_those_of_another_dictionary_are_not_shown(tmp_path):
+    run = tiny_run(tmp_path)
+    records.build(run, counts=COUNTS)
+    records.save_names(run, "residual", {3: Name("stripes")})
+    path = records.save_names(run, "residual", {3: Name("dots"), 12: Name("cats")})
+    assert records.load(run).names == {3: Name("dots"), 12: Name("cats")}
+    records.save_names(run, "residual", {3: Name("stripes", Estimate(0.8, 0.7, 0.9))})
+    found = records.load(run)
+    assert found.table["name score"][[3, 12]].tolist() == pytest.approx([0.8, np.nan], nan_ok=True)
+    run.made["sae"] = "another"
+    assert records.build(run, counts=COUNTS).names == {}
+    assert records.save_names(run, "residual", {1: Name("dogs")}) == path
+    assert records.load(run).names == {1: Name("dogs")}
 
 
 def test_a_baseline_has_records_of_its_own(tmp_path):

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
+import torch
 
 from helpers.checks import one_of, refuse
 from helpers.demo import reader, world
@@ -143,6 +144,27 @@ def locate(panel: np.ndarray, name: str) -> float:
             own |= region
     inside, outside = (lit[of].mean() if of.any() else 0.0 for of in (own, ~own))
     return float(inside / (inside + outside)) if inside + outside > 0 else 0.5
+
+
+class Encoder:
+    """The reader as an encoder of images and texts, shaped as `helpers.measure.encoders.Encoder`.
+
+    A vector has an entry for each value there is: of an image, whether anything in it shows the
+    value; of a name, whether it says it. Images are read as wholes, (64, 64, 3), not in patches.
+    """
+
+    reads_text = True
+
+    def images(self, images: np.ndarray) -> torch.Tensor:
+        """Vectors (image, value) of unit length, of zeros where nothing can be read."""
+        held = [[_values(thing).items() for thing, _ in _regions(image)] for image in images]
+        shows = [[any((a, v) in of for of in own) for v, a in VALUES.items()] for own in held]
+        return torch.nn.functional.normalize(torch.tensor(shows, dtype=torch.float32), dim=1)
+
+    def texts(self, names: list[str]) -> torch.Tensor:
+        """Vectors (name, value) of unit length; ValueError for words that are not the world's."""
+        says = [[(a, v) in parse(name).items() for v, a in VALUES.items()] for name in names]
+        return torch.nn.functional.normalize(torch.tensor(says, dtype=torch.float32), dim=1)
 
 
 def write(name: str, n: int, seed: int = 0) -> dict[str, list[str]]:

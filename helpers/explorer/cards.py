@@ -21,6 +21,7 @@ from helpers.explorer.page import in_words
 from helpers.files import check_writable, in_units, save_text
 
 PICTURED = 200  # features of an index that has pictures: each takes about 3 kB
+NAMED = "A name score is the AUC with which its name tells images in which it fires from others."
 COLUMNS = ("firing rate", "L0 share", "onset", "peak", "label score")
 
 
@@ -41,12 +42,17 @@ def write(found: records.Records, latents, folder: str | Path) -> list[Path]:
         record = found.record(latent)
         paths.append(folder / file_of(latent))
         save_text(paths[-1], card(record, latents))
-        rows.append(_row(record, len(latents) <= PICTURED))
+        rows.append(_row(record, len(latents) <= PICTURED, _columns(found)))
     save_text(folder / "index.html", _index(found, rows))
     return [*paths, folder / "index.html"]
 
 
-def _row(record, pictured: bool) -> str:
+def _columns(found: records.Records) -> tuple[str, ...]:
+    """Statistics in the index; how good names are only where there are any."""
+    return COLUMNS + ("name score",) * bool(found.names)
+
+
+def _row(record, pictured: bool, columns) -> str:
     """A feature's row in the index."""
     of_kind = record.examples.values()
     words = [record.title, *record.labels, *(p for own in of_kind for p in own.prompts)]
@@ -56,7 +62,7 @@ def _row(record, pictured: bool) -> str:
     if pictured:
         cells.insert(0, f"<td>{_thumbnail(record)}</td>")
     cells.append(f'<td class="text">{escape(record.title) or "–"}</td>')
-    for name in COLUMNS:
+    for name in columns:
         value = record.statistics[name]
         number = "" if np.isnan(value) else f"{value:.6g}"
         more = ' class="more"' if name in ("L0 share", "onset") else ""
@@ -78,7 +84,9 @@ def _index(found: records.Records, rows: list[str]) -> str:
     title = f"Features of {run}, {found.dictionary} dictionary"
     script = Path(__file__).with_name("index.js").read_text()
     sorted_by = [("latent", ""), ("name or label", ' class="text"')]
-    sorted_by += [(name, ' class="more"' * (name in ("L0 share", "onset"))) for name in COLUMNS]
+    sorted_by += [
+        (name, ' class="more"' * (name in ("L0 share", "onset"))) for name in _columns(found)
+    ]
     header = "".join(
         f'<th scope="col" data-sort="{"text" if "text" in kind else "number"}"{kind}>{name}</th>'
         for name, kind in sorted_by
@@ -89,7 +97,7 @@ def _index(found: records.Records, rows: list[str]) -> str:
         f'{head(title)}<main id="main">\n<h1>{escape(title)}</h1>\n'
         f'<p class="note">{found.n_latents} latents, {len(rows)} of them here. A label score is '
         "the AUROC for the label that a latent detects best; onset and peak are denoising steps."
-        "</p>\n"
+        f"{' ' + NAMED if found.names else ''}</p>\n"
         '<p class="search" hidden><label for="search">Search by number, name, label or a word of '
         'the prompts</label><br><input type="search" id="search" autocomplete="off"> '
         '<span id="count" role="status"></span></p>\n'

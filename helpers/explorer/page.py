@@ -26,13 +26,13 @@ def in_words(name: str, value: float) -> str:
         return "–"
     if name in ("firing rate", "L0 share", "images"):
         return f"{value:.2%}" if value < 0.1 else f"{value:.0%}"
-    return f"{value:.3f}" if name == "label score" else f"{value:.3g}"
+    return f"{value:.3f}" if name.endswith("score") else f"{value:.3g}"
 
 
 def statistics(record: Record) -> dict[str, str]:
     """The page's first panel: statistics, label scores, name and its score, all in words."""
     found = {name: in_words(name, v) for name, v in record.statistics.items()}
-    del found["label score"]  # the best of those that follow
+    del found["label score"], found["name score"]  # both follow, with their intervals
     found |= {f"AUROC, {label}": str(score) for label, score in record.labels.items()}
     if record.name:
         found |= {"name": record.name.text, "name's score": str(record.name.score or "–")}

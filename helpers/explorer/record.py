@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from helpers.files import load_tensors, save_tensors
+from helpers.files import load_json, load_tensors, save_json, save_tensors
 from helpers.measure.metrics import Estimate
 
 STATISTICS = {  # of every latent, and what each counts
@@ -19,6 +19,7 @@ STATISTICS = {  # of every latent, and what each counts
     "peak": "denoising step of the most evidence",
     "duration": "kept steps that hold half of the evidence",
     "label score": "AUROC for the label it detects best",
+    "name score": "how well its name tells the images in which it fires from others",
 }
 
 
@@ -81,6 +82,36 @@ class Record:
     def title(self) -> str:
         """Its name or, where it has none, the label that it detects best, if any."""
         return self.name.text if self.name else next(iter(self.labels), "")
+
+
+def write_names(path: str | Path, names: dict[int, Name], made_from: dict[str, str]) -> None:
+    """Add the names of latents to a file, in place of older ones.
+
+    `made_from` holds fingerprints of the dictionary's files; names of another dictionary go.
+    """
+    kept = read_names(path, made_from) | names
+    written = {
+        str(i): {"name": of.text, "score": of.score, "made_from": made_from}
+        for i, of in sorted(kept.items())
+    }
+    save_json(path, written, sort_keys=False)
+
+
+def read_names(path: str | Path, made_from: dict[str, str]) -> dict[int, Name]:
+    """The names in a file, {} if there is none, but for those of another dictionary.
+
+    A name that says nothing of what it was made from, such as one written by hand, is taken.
+    """
+    found = load_json(path) if Path(path).exists() else {}
+    return {
+        int(latent): Name(of["name"], _estimate(of.get("score")))
+        for latent, of in found.items()
+        if of.get("made_from", made_from) == made_from
+    }
+
+
+def _estimate(score) -> Estimate | None:
+    return score and Estimate(*(float("nan") if v is None else v for v in score))
 
 
 def save_strip(path: str | Path, strip: Strip) -> None:

@@ -21,8 +21,17 @@ import torch
 from helpers.checks import in_range, refuse
 from helpers.explorer import labelled, nearest, stream
 from helpers.explorer.examples import USUAL, Counts, chosen
-from helpers.explorer.record import STATISTICS, Examples, Name, Near, Record, load_strip
-from helpers.files import in_units, load_json, load_rows, load_tensors, save_tensors
+from helpers.explorer.record import (
+    STATISTICS,
+    Examples,
+    Name,
+    Near,
+    Record,
+    load_strip,
+    read_names,
+    write_names,
+)
+from helpers.files import in_units, load_rows, load_tensors, save_tensors
 from helpers.measure import timing
 from helpers.measure.metrics import Estimate
 from helpers.measure.reconstruction import standardised
@@ -72,9 +81,19 @@ def maps_path(folder: Path, first: int) -> Path:
     return folder / f"maps-{first:06d}.safetensors"
 
 
+def save_names(run, dictionary: str, names: dict[int, Name]) -> Path:
+    """Give latents names, which pages and cards show from then on; returns the file's path."""
+    path = folder_of(run, dictionary) / "names.json"
+    write_names(path, names, _dictionary_made_from(run, dictionary))
+    return path
+
+
+def _dictionary_made_from(run, dictionary: str) -> dict[str, str]:
+    return run.made_from("dictionary" if dictionary == "residual" else dictionary)
+
+
 def _made_from(run, dictionary: str) -> dict:
-    what = "dictionary" if dictionary == "residual" else dictionary
-    found = run.made_from(what) | run.made_from("trajectories")
+    found = _dictionary_made_from(run, dictionary) | run.made_from("trajectories")
     return found | (run.made_from("latents") if run.path("latents").exists() else {})
 
 
@@ -177,10 +196,8 @@ class Records:
 
     @cached_property
     def names(self) -> dict[int, Name]:
-        path = self.folder / "names.json"
-        found = load_json(path) if path.exists() else {}
-        score = {i: of["score"] and Estimate(*map(_number, of["score"])) for i, of in found.items()}
-        return {int(i): Name(of["name"], score[i]) for i, of in found.items()}
+        made_from = _dictionary_made_from(self.run, self.dictionary)
+        return read_names(self.folder / "names.json", made_from)
 
     @cached_property
     def strength(self) -> scipy.sparse.csc_matrix:
@@ -197,11 +214,12 @@ class Records:
         active, profile = self.array("active"), self.array("profile")
         steps, silent = np.asarray(self.store.steps, float), profile.sum(1) == 0
         score = [next(iter(self.labels.get(i, {}).values()), (np.nan,))[0] for i in self.latents]
+        of_name = {i: name.score.value for i, name in self.names.items() if name.score}
         columns = (
             *(active, active / max(active.sum(), 1e-12), self.array("fired")),
             *(self.array("largest"), timing.crossing(profile, steps, 0.1)),
             *(np.where(silent, np.nan, steps[profile.argmax(1)]), timing.duration(profile)),
-            np.array(score),
+            *(np.array(score), np.array([of_name.get(i, np.nan) for i in self.latents])),
         )
         return dict(zip(STATISTICS, columns))
 

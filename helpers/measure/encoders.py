@@ -23,14 +23,15 @@ class Encoder:
         self.reads_text = hasattr(model, "get_text_features")
 
     @classmethod
-    def load(cls, name: str, device: str = "auto") -> "Encoder":
+    def load(cls, name: str, device: str = "auto", parameter: str = "judge") -> "Encoder":
         """By its name on the hub or a folder, in float32; ValueError if there is no such encoder.
 
-        As openai/clip-vit-large-patch14, google/siglip2-base-patch16-224, facebook/dinov2-base.
+        As openai/clip-vit-large-patch14, google/siglip2-base-patch16-224, facebook/dinov2-base;
+        `parameter` is what an error calls it.
         """
         from transformers import AutoModel, AutoProcessor
 
-        return cls(*_loaded(name, AutoModel, AutoProcessor, device, "judge"))
+        return cls(*_loaded(name, AutoModel, AutoProcessor, device, parameter))
 
     @torch.no_grad()
     def images(self, images: np.ndarray) -> torch.Tensor:

@@ -71,16 +71,31 @@ def name_features(
         return dict(zip(features, done))
 
 
+def score_names(
+    given: dict, callables, examples, images, maps, workers: int = 1
+) -> dict[int, Named]:
+    """Scores of names that are given, feature -> name, as `name_features` scores those it found."""
+
+    def told(feature):
+        return (lambda _: {"name": given[feature], "patterns": ""}, *callables(feature)[1:])
+
+    return name_features(given, told, examples, images, maps, workers)
+
+
 def summary(named: Iterable) -> dict[str, Estimate]:
     """Mean scores over features, with intervals over features; those without one take no part.
 
     Of `Named`s, or of triples as `score_name` gives them: 'random AUC', 'hard AUC' and so on.
+    Features are resampled; where all have one score, which would give no interval, it is that of
+    `metrics.share`.
     """
     rows = [(n.random, n.hard, n.localisation) if isinstance(n, Named) else n for n in named]
     found = {}
     for kind, of_kind in zip(("random", "hard", "localisation"), zip(*rows)):
         for what in ("auc", "balanced"):
             values = np.array([getattr(s, what).value for s in of_kind], float)
+            values = values[~np.isnan(values)]
             label = f"{kind} {'AUC' if what == 'auc' else 'balanced accuracy'}"
-            found[label] = metrics.share(values)
+            alike = len(set(values.tolist())) < 2
+            found[label] = metrics.share(values) if alike else metrics.mean(values)
     return found

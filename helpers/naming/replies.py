@@ -172,6 +172,10 @@ class Bill:
     tokens: tuple[int, int]
     prices: tuple[float, float] = (0.0, 0.0)
 
+    def __add__(self, other: "Bill") -> "Bill":
+        tokens = tuple(a + b for a, b in zip(self.tokens, other.tokens))
+        return Bill(self.calls + other.calls, tokens, self.prices)
+
     cost = property(lambda self: sum(t * p / 1e6 for t, p in zip(self.tokens, self.prices)))
 
     def __str__(self) -> str:

@@ -26,7 +26,7 @@ METADATA = {
 
 
 def execute(name: str, companions: bool = False) -> list[Path]:
-    """Run notebooks 01 to 08, with `companions` all after them, with a file of parameters; copies.
+    """Run notebooks 01 to 08, with `companions` the later ones too, and return their copies.
 
     A notebook whose code, parameters and files are as its last run left them is skipped. One that
     fails is named, with its error's sentence, in a RuntimeError.

@@ -15,7 +15,8 @@ NOTEBOOKS = ROOT / "notebooks"
 
 AT_LEAST_ZERO = (
     *("height", "width", "tokens_per_image", "steps", "guidance_scale", "one_step_factor"),
-    *("ridge_strengths", "n_timed"),
+    *("ridge_strengths", "n_timed", "n_labelled", "n_random", "n_untrained", "n_examined"),
+    *("n_planted", "latents", "price_read", "price_written"),
 )
 RULES = {  # parameter -> what refuses a bad value of it, or a bad entry if it is a list
     **dict.fromkeys(AT_LEAST_ZERO, partial(in_range, low=0)),
@@ -27,6 +28,7 @@ RULES = {  # parameter -> what refuses a bad value of it, or a bad entry if it i
     "signal": partial(one_of, valid=("output", "input", "update")),
     "branch": partial(one_of, valid=("conditional", "unconditional", "both")),
     "steered_branch": partial(one_of, valid=("conditional", "unconditional", "both")),
+    "backend": partial(one_of, valid=("reader", "server", "local")),
     "mode": partial(one_of, valid=("activation", "residual")),
     "dtype": partial(one_of, valid=("auto", *DTYPES)),
     "store_dtype": partial(one_of, valid=tuple(DTYPES)),
@@ -47,9 +49,9 @@ KINDS = {  # type as written -> whether a value is of it, in words
 
 
 def analysis_notebooks(companions: bool = False) -> list[Path]:
-    """Notebooks 01 to 08, in order, and those after 08 on request; 00, which trains, is alone."""
+    """Notebooks 01 to 08, in order, and those after them on request; 00 is run alone."""
     every = sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
-    return [path for path in every if 1 <= int(path.name[:2]) <= (99 if companions else 8)]
+    return [p for p in every if "01" <= p.stem[:2] <= ("99" if companions else "08")]
 
 
 def parameters_of(notebook: Path) -> dict[str, tuple]:
