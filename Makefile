@@ -50,9 +50,11 @@ estimate: .venv/installed
 bench: .venv/installed .venv-peers/installed
 	$(BIN)/python -m tests.benchmarks --readme
 
-# Renew what is committed: outputs of the notebooks, figures/demo, the tables of results.
+# Renew what is committed: outputs of the notebooks, figures/demo with its cards, the tables.
 notebooks: .venv/installed
 	$(BIN)/python -m helpers.run demo --publish
+	rm -rf figures/demo/cards
+	$(BIN)/python -m helpers.explorer.cards demo --steer --folder figures/demo/cards
 
 lab: .venv/installed
 	$(BIN)/jupyter lab notebooks

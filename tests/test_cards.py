@@ -1,6 +1,7 @@
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from helpers.explorer.examples import Counts
 from helpers.explorer.record import Examples, Name, Strip
 from helpers.measure.metrics import Estimate
 
+COMMITTED = Path(__file__).parents[1] / "figures" / "demo" / "cards"
 COUNTS = Counts(random=3, quantile=4, top=2, sample=6)
 VOID = {"meta", "img", "br", "input", "path", "polyline"}
 
@@ -83,12 +85,24 @@ def test_the_index_says_how_good_names_are_where_there_are_any(tmp_path):
 
 @pytest.mark.parametrize("name", ["index.html", "latent-2.html", "latent-7.html"])
 def test_pages_need_nothing_from_elsewhere(written, name):
-    text = (written / name).read_text()
+    needs_nothing(written / name)
+
+
+def test_the_committed_cards_need_nothing_from_elsewhere():
+    pages = sorted(COMMITTED.iterdir())
+    assert len(pages) == 13 and pages[0].name == "index.html"
+    for path in pages:
+        needs_nothing(path)
+        assert path.stat().st_size <= LIMIT
+
+
+def needs_nothing(path):
+    name, text = path.name, path.read_text()
     page = Page(text)
     bare = re.sub(r"base64,[^\"]*", "", text)
     assert not re.search(r"https?:|//\w|@import|url\(", bare) and len(bare) < 40_000
     links = [a["href"] for a in page.all("a")]
-    assert all((written / link).exists() for link in links if not link.startswith("#"))
+    assert all((path.parent / link).exists() for link in links if not link.startswith("#"))
     assert all(i["src"].startswith("data:image/jpeg;base64,") for i in page.all("img"))
     assert not page.all("link", "iframe", "object") and (name == "index.html") == (
         "script" in [tag for tag, _ in page.tags]
