@@ -213,3 +213,11 @@ def test_codes_for_measuring_are_those_of_the_first_images(run):
     np.testing.assert_allclose(seen.codes.of(2), z[:4, :, 2], rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(seen.strength.toarray(), z[:4].max(1), rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(seen.fired, (z > 0).any(1).mean(0))
+
+
+def test_a_latents_labels_come_best_first(tmp_path):
+    own = {f"word={colour}": {"residual": 2} for colour in ("blue", "green", "red")}
+    run = tiny_run(tmp_path, latents={"best": own, "labels": {}})
+    scores = records.build(run, counts=COUNTS).labels[2]
+    values = [score.value for score in scores.values()]
+    assert values == sorted(values, reverse=True) and list(scores) != sorted(scores)

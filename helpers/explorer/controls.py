@@ -77,14 +77,14 @@ def arranged(parts: dict) -> ipywidgets.VBox:
     steer = [parts[n] for n in ("prompt", "seed", "example", "strength", "window")]
     steer = ipywidgets.Box([*steer, act, parts["bar"]], layout=Layout(flex="1 1 17rem", **column))
     search = ipywidgets.Box(
-        [box(*found, **column), browse], layout=Layout(flex="1 1 21rem", **column)
+        [box(*found, **column), browse], layout=Layout(flex="1 1 16rem", **column)
     )
     rows = [
-        [search, box("page", flex="2 1 32rem", **column)],
+        [search, box("page", flex="2 1 24rem", **column)],
         [
             steer,
-            box("paint", flex="1 1 15rem", **column),
-            box("pictures", flex="2 1 22rem", **column),
+            box("paint", flex="1 1 14rem", **column),
+            box("pictures", flex="2 1 20rem", **column),
         ],
     ]
     style = ipywidgets.HTML(f"<style>{Path(__file__).with_name('shell.css').read_text()}</style>")

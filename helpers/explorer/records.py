@@ -182,7 +182,7 @@ class Records:
         self.n_latents = self.about["n_latents"]
         self._blocks = sorted(int(p.stem.split("-")[1]) for p in folder.glob("maps-*.safetensors"))
         self.labels: dict[int, dict[str, Estimate]] = {
-            int(latent): {name: Estimate(*map(_number, e)) for name, e in own.items()}
+            int(latent): _best_first({n: Estimate(*map(_number, e)) for n, e in own.items()})
             for latent, own in self.about["labels"].items()
         }
 
@@ -284,6 +284,11 @@ class Records:
 
     def _pictures(self, images: list[int]) -> np.ndarray:
         return self.store.images(self.split, images or [0])[: len(images)]
+
+
+def _best_first(scores: dict[str, Estimate]) -> dict[str, Estimate]:
+    """Scores by value: a record's names come back from its file in the order of the alphabet."""
+    return dict(sorted(scores.items(), key=lambda item: -np.nan_to_num(item[1].value, nan=-1)))
 
 
 def _number(value) -> float:
