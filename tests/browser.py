@@ -1,5 +1,6 @@
 """A browser and a JupyterLab for tests; who has no chromium skips them."""
 
+import json
 import os
 import secrets
 import shutil
@@ -49,11 +50,14 @@ def jupyterlab(folder):
     options = {
         "ServerApp": {"port": port, "ip": "127.0.0.1", "root_dir": folder, "allow_root": True},
         "IdentityProvider": {"token": token},
-        "LabApp": {"news_url": None, "check_for_updates_class": "jupyterlab.NeverCheckForUpdate"},
     }
     flags = [f"--{app}.{k}={v}" for app, values in options.items() for k, v in values.items()]
     names = ("JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "JUPYTERLAB_SETTINGS_DIR")
     places = {name: str(own / name.lower()) for name in (*names, "JUPYTERLAB_WORKSPACES_DIR")}
+    settings = own / "jupyterlab_settings_dir" / "@jupyterlab" / "apputils-extension"
+    settings.mkdir(parents=True)
+    asks_nothing = {"fetchNews": "false", "checkForUpdates": False}
+    (settings / "notification.jupyterlab-settings").write_text(json.dumps(asks_nothing))
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", *flags]
     with open(folder / "jupyterlab.log", "w") as log:
         server = subprocess.Popen(

@@ -99,7 +99,7 @@ def brush(browser):
     def opened(*mask):
         page.set_content("<!doctype html><title>brush</title>")
         page.add_style_tag(path=HERE / "paint.css")
-        page.add_script_tag(content=script, type="module")
+        page.add_script_tag(content=script)
         page.evaluate(MODEL, list(mask))
         return page
 
@@ -154,7 +154,7 @@ def test_the_brush_answers_to_keys_and_says_where_it_is(brush):
 
 def test_a_wider_brush_paints_around_its_middle(brush):
     page = brush()
-    page.get_by_label("Brush").fill("2")
+    page.get_by_role("slider", name="Brush").fill("2")
     page.mouse.click(*middle(page, 0))
     # one token is less than a brush of 2 away to the right and below, not across
     assert page.evaluate("sent") == [[0]]
@@ -208,8 +208,12 @@ def page(browser, lab):
     page.close()
 
 
+def control(page, name):
+    return page.locator(".explorer").get_by_label(name, exact=True)
+
+
 def state_of(page):
-    return page.get_by_label("state", exact=True).input_value()
+    return control(page, "state").input_value()
 
 
 def until(page, condition, argument=None):
@@ -225,8 +229,8 @@ def until_state(page, pattern):
 
 def test_search_browse_paint_steer_and_reopen(page):
     # search, and browse by keyboard alone
-    page.get_by_label("search").fill("like 3")
-    page.get_by_label("search").press("Enter")
+    control(page, "search").fill("like 3")
+    control(page, "search").press("Enter")
     until_state(page, "find=like")
     listed, first = page.locator(".explorer-list select"), state_of(page)
     names = listed.locator("option").all_inner_texts()
@@ -251,14 +255,19 @@ def test_search_browse_paint_steer_and_reopen(page):
     page.mouse.up()
     until_state(page, "mask=0-3$")
 
+    canvas.focus()
+    for key in ("ArrowDown", "Space"):  # JupyterLab would go to the next cell
+        page.keyboard.press(key)
+    until_state(page, "mask=0-4$")
+
     # steer: nothing was made until Apply
     pictures = page.locator(".explorer .pair img")
     assert pictures.count() == 0
-    page.get_by_label("strength").fill("6")
-    page.get_by_label("strength").press("Enter")
+    control(page, "strength").fill("6")
+    control(page, "strength").press("Enter")
     until_state(page, "strength=6.0")
     assert pictures.count() == 0
-    page.get_by_role("button", name="Apply").click()
+    page.locator(".explorer").get_by_role("button", name="Apply").click()
     pictures.nth(1).wait_for()
     plain, steered = pictures.evaluate_all("images => images.map(i => i.src)")
     assert plain != steered and plain.startswith("data:image/png")
@@ -266,17 +275,17 @@ def test_search_browse_paint_steer_and_reopen(page):
     assert page.locator(".explorer code").inner_text() == before
 
     # another strength changes the steered picture, and not the plain one
-    page.get_by_label("strength").fill("-6")
-    page.get_by_label("strength").press("Enter")
+    control(page, "strength").fill("-6")
+    control(page, "strength").press("Enter")
     until_state(page, "strength=-6.0")
-    page.get_by_role("button", name="Apply").click()
+    page.locator(".explorer").get_by_role("button", name="Apply").click()
     until(page, "s => document.querySelectorAll('.explorer .pair img')[1].src !== s", steered)
     assert pictures.evaluate_all("images => images.map(i => i.src)")[0] == plain
 
     # a pasted state is shown again
-    page.get_by_label("state", exact=True).fill(before)
-    page.get_by_label("state", exact=True).press("Enter")
+    control(page, "state").fill(before)
+    control(page, "state").press("Enter")
     until(
         page, "document.querySelector('.explorer input[type=number][step=\"0.5\"]').value === '6'"
     )
-    assert parse_qs(state_of(page).rpartition("/")[2])["mask"] == ["0-3"]
+    assert parse_qs(state_of(page).rpartition("/")[2])["mask"] == ["0-4"]

@@ -95,7 +95,7 @@ def test_papermill_reads_the_same_with_a_word_of_help_for_each(notebook):
 def test_every_measure_and_choice_has_a_rule():
     free = {"run", "model", "revision", "prompts", "prompt_column", "hookpoint", "output"}
     free |= {"sweep", "scorecard", "probed", "judge", "lpips"}
-    free |= {"dictionary", "vlm", "base_url", "key", "encoder", "prompt_style"}
+    free |= {"state", "dictionary", "vlm", "base_url", "key", "encoder", "prompt_style"}
     for notebook in NOTEBOOKS:
         for name, (_, kind) in parameters.parameters_of(notebook).items():
             if "float" in kind or (kind == "str" and name not in free):

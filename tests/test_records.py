@@ -6,7 +6,7 @@ from sklearn.metrics import roc_auc_score
 
 from helpers.explorer import records, stream
 from helpers.explorer.examples import Counts
-from helpers.explorer.record import STATISTICS, Name, Strip, save_strip
+from helpers.explorer.record import STATISTICS, Name, Strip, save_strip, title
 from helpers.files import save_json
 from helpers.measure import timing
 from helpers.measure.metrics import Estimate
@@ -216,8 +216,16 @@ def test_codes_for_measuring_are_those_of_the_first_images(run):
 
 
 def test_a_latents_labels_come_best_first(tmp_path):
-    own = {f"word={colour}": {"residual": 2} for colour in ("blue", "green", "red")}
+    own = {f"word={colour}": {"residual": 4} for colour in ("blue", "green", "red")}
     run = tiny_run(tmp_path, latents={"best": own, "labels": {}})
-    scores = records.build(run, counts=COUNTS).labels[2]
+    scores = records.build(run, counts=COUNTS).labels[4]
     values = [score.value for score in scores.values()]
     assert values == sorted(values, reverse=True) and list(scores) != sorted(scores)
+
+
+def test_a_label_stands_above_a_name_that_may_be_chance():
+    labels = {"word=red": Estimate(0.7, 0.6, 0.8), "word=blue": Estimate(0.6, 0.5, 0.7)}
+    good, doubtful = (Name("stripes", Estimate(0.7, low, 0.9)) for low in (0.6, 0.5))
+    assert title(good, labels) == title(Name("stripes"), labels) == "stripes"
+    assert title(doubtful, labels) == title(None, labels) == "word=red"
+    assert title(doubtful, {}) == "stripes" and title(None, {}) == ""

@@ -70,7 +70,8 @@ def heading(record: Record) -> str:
 
 def draw(record: Record) -> Figure:
     """All panels of a record, from top to bottom; those of what was not made are left out."""
-    panels = [(0.24 * -(-len(statistics(record)) // 3) + 0.1, _statistics)]
+    n_rows = -(-len(statistics(record)) // _n_columns(statistics(record)))
+    panels = [(0.24 * n_rows + 0.1, _statistics)]
     panels += [(_height(own), _examples(kind)) for kind, own in record.examples.items()]
     n = sum(len(own.evidence) for own in record.examples.values())
     if n:
@@ -100,12 +101,18 @@ def _strip_height(record: Record) -> float:
     return WIDE * height / width / (len(pictures.shown_steps(len(record.steps))) + 2)
 
 
+def _n_columns(found: dict[str, str]) -> int:
+    """In how many columns statistics have room."""
+    return 3 if max(len(name) + len(value) for name, value in found.items()) < 36 else 2
+
+
 def _statistics(fig, record: Record) -> None:
-    ax = fig.subplots()
+    ax, found = fig.subplots(), statistics(record)
     ax.set_axis_off()
-    for i, (name, value) in enumerate(statistics(record).items()):
-        row, column = divmod(i, 3)
-        left, right = column / 3, (column + 0.92) / 3
+    n = _n_columns(found)
+    for i, (name, value) in enumerate(found.items()):
+        row, column = divmod(i, n)
+        left, right = column / n, (column + 0.92) / n
         ax.text(left, -row, name[:26], fontsize=6.5, va="center", color="#555555")
         ax.text(right, -row, value[:36], fontsize=6.5, va="center", ha="right")
     ax.set(xlim=(0, 1), ylim=(-row - 0.5, 0.5))
@@ -151,7 +158,7 @@ def _lines_and_neighbours(fig, record: Record) -> None:
     lines.invert_xaxis()
     lines.set(ylim=(0, None), xlabel="timestep")
     lines.set_title("effect ‖u[s]‖ and what is new of it, ‖w[s]‖", fontsize=7)
-    lines.legend(fontsize=6, loc="lower left")
+    lines.legend(fontsize=6, loc="center right")
     for ax, (kind, near) in zip(axes, record.nearest.items()):
         names = [f"{n.latent} {n.title}".strip()[:24] for n in near]
         ax.barh(range(len(near)), [n.similarity for n in near], color="#999999")

@@ -80,8 +80,14 @@ class Record:
 
     @property
     def title(self) -> str:
-        """Its name or, where it has none, the label that it detects best, if any."""
-        return self.name.text if self.name else next(iter(self.labels), "")
+        """What it is called, as `title` chooses."""
+        return title(self.name, self.labels)
+
+
+def title(name: Name | None, labels: dict[str, Estimate]) -> str:
+    """A name; but the best label where there is one and the name's score may be that of chance."""
+    doubtful = name is not None and name.score is not None and not name.score.low > 0.5
+    return name.text if name and not (doubtful and labels) else next(iter(labels), "")
 
 
 def write_names(path: str | Path, names: dict[int, Name], made_from: dict[str, str]) -> None:

@@ -29,6 +29,7 @@ from helpers.explorer.record import (
     Record,
     load_strip,
     read_names,
+    title,
     write_names,
 )
 from helpers.files import in_units, load_rows, load_tensors, save_tensors
@@ -228,9 +229,8 @@ class Records:
         return range(self.n_latents)
 
     def title(self, latent: int) -> str:
-        """A latent's name or, where it has none, the label that it detects best, if any."""
-        named = self.names.get(latent)
-        return named.text if named else next(iter(self.labels.get(latent, {})), "")
+        """What a latent is called, as `record.title` chooses."""
+        return title(self.names.get(latent), self.labels.get(latent, {}))
 
     def near(self, latent: int) -> dict[str, list[Near]]:
         """The nearest latents by each measure, the nearest first."""

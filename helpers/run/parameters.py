@@ -15,8 +15,8 @@ NOTEBOOKS = ROOT / "notebooks"
 
 AT_LEAST_ZERO = (
     *("height", "width", "tokens_per_image", "steps", "guidance_scale", "one_step_factor"),
-    *("ridge_strengths", "n_timed", "n_labelled", "n_random", "n_untrained", "n_examined"),
-    *("n_planted", "latents", "price_read", "price_written"),
+    *("ridge_strengths", "n_timed", "example_strength", "n_labelled", "n_random", "n_untrained"),
+    *("n_examined", "n_planted", "latents", "price_read", "price_written"),
 )
 RULES = {  # parameter -> what refuses a bad value of it, or a bad entry if it is a list
     **dict.fromkeys(AT_LEAST_ZERO, partial(in_range, low=0)),
