@@ -203,6 +203,7 @@ def page(browser, lab):
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
     page.locator(".explorer canvas").wait_for()
+    page.get_by_text("10_explorer.json written").wait_for(state="attached")
     page.locator(".explorer").scroll_into_view_if_needed()
     yield page
     page.close()
@@ -240,7 +241,7 @@ def test_search_browse_paint_steer_and_reopen(page):
     second = names[1].split()[0]
     until_state(page, f"latent={second}&")
     shown = page.frame_locator(".explorer iframe")
-    assert shown.get_by_text(f"latent {second} of run").first.is_visible()
+    shown.get_by_text(f"latent {second} of run").first.wait_for(timeout=WAIT)
     assert state_of(page) != first
 
     # paint by a drag over the upper row, in steps that skip tokens

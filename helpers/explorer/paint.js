@@ -3,6 +3,16 @@
 const KEYS = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] };
 const HELP = "Arrow keys move over the tokens, the space bar paints or erases.";
 
+// JupyterLab takes an arrow or a letter for a shortcut of its own, and goes to another cell, unless
+// what has the focus says otherwise by this attribute. That goes for all of the explorer, list and
+// buttons, too; in fields to write in, JupyterLab holds back by itself.
+function leaveKeys(el) {
+  if (!el.isConnected) return requestAnimationFrame(() => leaveKeys(el));
+  (el.closest(".explorer") ?? el).addEventListener("focusin", ({ target }) => {
+    if (!target.matches("input, textarea")) target.setAttribute("data-lm-suppress-shortcuts", "true");
+  });
+}
+
 function render({ model, el }) {
   const rows = model.get("rows"), columns = model.get("columns");
   let painted = new Set(), erasing = false, last = null, cursor = [0, 0], picture = null;
@@ -20,9 +30,8 @@ function render({ model, el }) {
   const count = make("p", { role: "status" });
   const brush = make("label", {}, "Brush ", size);
   const tools = make("div", { class: "tools" }, erase, clear, all, brush);
-  // without the attribute, JupyterLab takes keys for shortcuts of its own
-  const root = make("div", { class: "explorer-paint", "data-lm-suppress-shortcuts": "true" }, canvas, tools, count);
-  el.append(root);
+  el.append(make("div", { class: "explorer-paint" }, canvas, tools, count));
+  leaveKeys(el);
 
   const at = (event) => {
     const box = canvas.getBoundingClientRect();
