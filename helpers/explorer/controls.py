@@ -36,7 +36,7 @@ def make(n_latents: int, grid: tuple[int, int], n_steps: int) -> dict[str, ipywi
         "find": ipywidgets.Text(description="search", placeholder=hint, **waits, **entry),
         "sort": ipywidgets.Dropdown(options=orders, description="order", **entry),
         "columns": ipywidgets.HTML(**html),
-        "list": ipywidgets.Select(rows=14, **html),
+        "list": ipywidgets.Select(rows=20, **html),
         "latent": ipywidgets.BoundedIntText(max=n_latents - 1, description="latent", **entry),
         "before": ipywidgets.Button(description="◀ previous", **button),
         "after": ipywidgets.Button(description="next ▶", **button),
@@ -44,7 +44,10 @@ def make(n_latents: int, grid: tuple[int, int], n_steps: int) -> dict[str, ipywi
         "page": ipywidgets.HTML(**html),
         "prompt": ipywidgets.Textarea(description="prompt", rows=2, **waits, **entry),
         "seed": ipywidgets.BoundedIntText(max=SEEDS, description="seed", **entry),
-        "example": ipywidgets.Button(description="this latent's example", **button),
+        "example": ipywidgets.Button(
+            description="this latent's example",
+            layout=Layout(width="auto", align_self="flex-start"),
+        ),
         "strength": ipywidgets.FloatText(step=0.5, description="strength", **entry),
         "window": ipywidgets.IntRangeSlider(
             min=0, max=n_steps - 1, description="steps", **waits, **entry
@@ -52,7 +55,7 @@ def make(n_latents: int, grid: tuple[int, int], n_steps: int) -> dict[str, ipywi
         "paint": Paint(grid),
         "apply": ipywidgets.Button(description="Apply", button_style="primary", **button),
         "stop": ipywidgets.Button(description="Stop", disabled=True, **button),
-        "bar": ipywidgets.IntProgress(max=2 * n_steps, **html),
+        "bar": ipywidgets.IntProgress(max=2 * n_steps, layout=Layout(visibility="hidden", **FULL)),
         "pictures": ipywidgets.HTML(**html),
     }
 

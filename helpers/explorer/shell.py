@@ -178,6 +178,7 @@ class Explorer:
 
     def _run_buttons(self, running: bool) -> None:
         self.parts["apply"].disabled, self.parts["stop"].disabled = running, not running
+        self.parts["bar"].layout.visibility = "visible" if running else "hidden"
 
     # --- what the controls do ---
 
