@@ -241,7 +241,8 @@ def test_search_browse_paint_steer_and_reopen(page):
     second = names[1].split()[0]
     until_state(page, f"latent={second}&")
     shown = page.frame_locator(".explorer iframe")
-    assert shown.get_by_text(f"latent {second} of run").first.is_visible()
+    shown.get_by_text(f"latent {second} of run").first.wait_for(timeout=WAIT)
+    page.wait_for_timeout(1000)  # until all stands still, the brush too
     assert state_of(page) != first
 
     # paint by a drag over the upper row, in steps that skip tokens
